@@ -1,0 +1,107 @@
+"""Sample from a checkpoint.
+
+    python sample_min.py                                     a grid of every class from out/digits/ckpt.pt
+    python sample_min.py out/digits/ckpt.pt --classes 3 7 --cfg 2 --steps 100 --sampler ddim --seed 1 --out grid.png
+    torchrun --nproc_per_node=2 sample_min.py --per-class 100 --out samples.npz      the work is shared
+
+Image i depends on the seed and on i, not on the batch size or the number of processes.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from dydilit import Diffusion, Progress, distributed, load_model, to_uint8
+
+def generate(model, labels, *, steps, batch=250, cfg_channels=None, **how):
+    """Images (n, H, W, C) uint8 for the labels (n,), shared among the processes; None on all ranks but the first.
+
+    steps is the number of sampling steps; `how` goes to Diffusion.sample (seed, cfg, sampler). Four channels are taken
+    for latents: guided on three of them (cfg_channels=None) and not clipped, as in DiT.
+    """
+    latents = model.config.in_channels == 4
+    how |= {"clip": not latents, "cfg_channels": cfg_channels or (3 if latents else None)}
+    rank, world, device = distributed()
+    mine = torch.arange(len(labels))[rank::world]
+    model, diffusion = model.to(device), Diffusion(steps)
+    progress = Progress("sample", steps * -(-len(mine) // batch), quiet=rank > 0)
+    images = np.empty((len(mine), model.config.input_size, model.config.input_size, model.config.in_channels), np.uint8)
+    for first in range(0, len(mine), batch):
+        index = mine[first : first + batch]
+        x = diffusion.sample(model, labels[index].to(device), index.tolist(), on_step=progress, **how)
+        images[first : first + batch] = to_uint8(x).cpu().numpy()
+    if world == 1:
+        return images
+    parts = [None] * world if rank == 0 else None
+    dist.gather_object(images, parts)
+    if rank > 0:
+        return None
+    whole = np.empty((len(labels), *images.shape[1:]), np.uint8)
+    for r, part in enumerate(parts):
+        whole[r::world] = part
+    return whole
+
+
+def save_grid(path, images, columns):
+    """(n, H, W, C) uint8 as one PNG, row by row; small images are enlarged so that a person can see them."""
+    n, H, W, C = images.shape
+    scale, rows = max(1, 48 // H), -(-n // columns)
+    sheet = np.full((rows * columns, H + 1, W + 1, C), 255, np.uint8)  # a line between them
+    sheet[:n, :H, :W] = images
+    sheet = sheet.reshape(rows, columns, H + 1, W + 1, C).swapaxes(1, 2).reshape(rows * (H + 1), columns * (W + 1), C)
+    picture = Image.fromarray(sheet[..., 0] if C == 1 else sheet[..., :3])
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def labels_for(classes, names):
+    """Label numbers for what was asked: numbers or names; all classes for an empty list."""
+    known = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
+    if unknown := [c for c in classes if c not in known]:
+        raise ValueError(f"unknown class {unknown[0]!r}; there are {len(names)}: {', '.join(names[:20])}")
+    return [known[c] for c in classes] or list(range(len(names)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default="out/digits/ckpt.pt", help="default: %(default)s")
+    parser.add_argument("--classes", nargs="+", default=[], help="numbers or names; default: every class")
+    parser.add_argument("--per-class", type=int, default=8, help="images of each class (default %(default)s)")
+    parser.add_argument("--cfg", type=float, default=1.5, help="guidance scale, 1 is none (default %(default)s)")
+    parser.add_argument("--cfg-channels", type=int,
+                        help="how many channels to guide (default: 3 of 4 for latents, as DiT does, or else all)")
+    parser.add_argument("--steps", type=int, default=100, help="sampling steps (default %(default)s)")
+    parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=250, help="images at a time (default %(default)s)")
+    parser.add_argument("--out", default="samples.png",
+                        help="a .png grid, or .npz: arr_0 (N, H, W, C) and labels (default %(default)s)")
+    args = parser.parse_args()
+    if args.per_class < 1 or args.batch < 1:
+        raise ValueError("--per-class and --batch must be at least 1")
+    if Path(args.out).suffix not in (".png", ".npz"):
+        raise ValueError(f"--out must end in .png or .npz, got {args.out}")
+    model, ckpt = load_model(args.checkpoint)
+    labels = torch.tensor(labels_for(args.classes, ckpt["meta"]["classes"])).repeat_interleave(args.per_class)
+    images = generate(model, labels, steps=args.steps, batch=args.batch, seed=args.seed, cfg=args.cfg,
+                      cfg_channels=args.cfg_channels, sampler=args.sampler)
+    if images is None:
+        return
+    if args.out.endswith(".npz"):
+        np.savez(args.out, arr_0=images, labels=labels.numpy())
+    else:
+        save_grid(args.out, images, args.per_class)
+    print(f"{args.out}: {len(images)} images from step {ckpt['step']}, {args.sampler} {args.steps} steps, "
+          f"cfg {args.cfg}, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"{os.path.basename(__file__)}: error: {e}")

@@ -1,0 +1,133 @@
+"""Train DyDi-LiT, then sample from it and say how good the samples are.
+
+    torchrun train_min.py                                        the digits, on whatever this machine has
+    torchrun --nproc_per_node=8 train_min.py --preset S/2 --data data/NAME --out out/NAME --bf16
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_min.py ...
+
+`python train_min.py` works too. Every field of Config and Training is a flag; its default is the preset's.
+"""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import fields
+from inspect import getsource
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dydilit import (
+    PRESETS,
+    RECIPES,
+    Config,
+    Training,
+    distributed,
+    load_model,
+    override,
+    preset,
+    train,
+)
+from eval_min import report
+from sample_min import generate, save_grid
+
+def help_lines(config_class):
+    """{field: the comment behind it}, so that the command line says what the source says."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", getsource(config_class), re.MULTILINE))
+
+
+def parse(argv):
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="digits")
+    name = first.parse_known_args(argv)[0].preset
+    config, training = preset(PRESETS, name), RECIPES.get(name, Training())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--preset", default="digits", help=f"{', '.join(PRESETS)} (default digits)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
+    for title, part in (("model", config), ("training", training)):
+        group = parser.add_argument_group(f"{title}, {name}")
+        for field in fields(part):
+            value = getattr(part, field.name)
+            kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+            group.add_argument(f"--{field.name.replace('_', '-')}", default=None, **kind,
+                               help=f"{help_lines(type(part))[field.name]} (default {value})")
+    group = parser.add_argument_group("samples at the end")
+    for name, value, text in (("--samples", 500, "images, all classes equally; 0 for none"),
+                              ("--cfg", 1.5, "guidance scale, 1 is none"),
+                              ("--sampling-steps", 50, "of the ancestral sampler")):
+        group.add_argument(name, type=type(value), default=value, help=f"{text} (default {value})")
+    args = vars(parser.parse_args(argv))
+    given = {k: v for k, v in args.items() if v is not None}
+    training = override(training, **{f.name: given[f.name] for f in fields(Training) if f.name in given})
+    config = override(config, **{f.name: given[f.name] for f in fields(Config) if f.name in given})
+    return config, training, argparse.Namespace(**args)
+
+
+def fit_to_data(config, training, given_classes):
+    """Prepare the digits if they are missing; take the number of classes from the data unless it was given."""
+    meta = Path(training.data) / "meta.json"
+    if not meta.exists() and Path(training.data) == Path("data/digits") and os.environ.get("LOCAL_RANK", "0") == "0":
+        runpy.run_path("data/digits/prepare.py")["prepare"]("data/digits")
+    if dist.is_initialized(): dist.barrier()
+    if given_classes is None and meta.exists():
+        config = override(config, num_classes=len(json.loads(meta.read_text())["classes"]))
+    return config
+
+
+def plot_loss(log_path, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], label="training", linewidth=1)
+    held = [x for x in lines if "held_out_loss" in x]
+    axes.plot([x["step"] for x in held], [x["held_out_loss"] for x in held], "o-", markersize=3,
+              label="held out, averaged weights")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv):
+    config, training, args = parse(argv)
+    rank = distributed()[0]
+    config = fit_to_data(config, training, args.num_classes)
+    again = f"{shlex.join(['torchrun', 'train_min.py', *(a for a in argv if a != '--resume')])} --resume"
+    step = train(config, training, resume=args.resume)
+    out = Path(training.out)
+    if step < training.steps:
+        if rank == 0: print(f"\nstopped at step {step} of {training.steps}, saved {out}/ckpt.pt; to go on: {again}")
+        sys.exit(130)
+    if not args.samples:
+        return
+    npz, ckpt = out / "samples.npz", out / "ckpt.pt"
+    if not npz.exists() or npz.stat().st_mtime < ckpt.stat().st_mtime:
+        model = load_model(ckpt)[0]
+        labels = torch.arange(args.samples) % config.num_classes
+        images = generate(model, labels, steps=args.sampling_steps, cfg=args.cfg, seed=training.seed)
+        if rank == 0:
+            np.savez(npz, arr_0=images, labels=labels.numpy())
+            columns = min(config.num_classes, 20)
+            save_grid(out / "samples.png", images[: 8 * columns], columns)
+    if rank > 0:
+        return
+    plot_loss(out / "log.jsonl", out / "loss.png")
+    print(f"wrote {out}/: ckpt.pt log.jsonl loss.png samples.npz samples.png")
+    print(report(npz, training.data))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, FloatingPointError) as e:
+        sys.exit(f"{os.path.basename(__file__)}: error: {e}")
+    finally:
+        if dist.is_initialized(): dist.destroy_process_group()
