@@ -399,37 +399,34 @@ class DyDiLiT(nn.Module):
 @torch.no_grad()
 def initialize(model):
     """Every initial value, in one place; from torch's global generator."""
-    for module in model.modules():
+    for module in model.modules():  # first by kind
         if isinstance(module, nn.Linear):  # DiT's rule
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None: nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Conv2d):  # PyTorch's default, as in Sana: uniform with bound 1 / sqrt(fan_in)
+        elif isinstance(module, nn.Conv2d):  # PyTorch's default, as in Sana: uniform with bound 1 / sqrt(fan_in)
             module.reset_parameters()
-        if isinstance(module, DWC):  # the same for its branches
+    for module in model.modules():  # then by role
+        if isinstance(module, DyDiLA):
+            for weight in (*module.q_projectors, *module.k_projectors): nn.init.xavier_uniform_(weight)
+            for name, router in module.named_parameters(recurse=False):
+                if "router" in name: nn.init.normal_(router, std=0.02)  # not zero: every token would take index 0
+            nn.init.constant_(module.gamma, 3.0)  # Sec. 4.1
+            nn.init.constant_(module.lam, 0.01)  # Sec. 4.1
+        elif isinstance(module, DWC):  # as a Conv2d of each branch's size would
             for weight in (module.square, module.horizontal, module.vertical):
                 nn.init.uniform_(weight, -weight[0].numel() ** -0.5, weight[0].numel() ** -0.5)
             nn.init.zeros_(module.bias)
-        if isinstance(module, DyDiLA):
-            for weight in (*module.q_projectors, *module.k_projectors):
-                nn.init.xavier_uniform_(weight)
-            for router in (module.q_projector_router, module.k_projector_router, module.kernel_routers,
-                           module.difference_routers):
-                nn.init.normal_(router, std=0.02)  # not zero: every token would take index 0
-            nn.init.constant_(module.gamma, 3.0)  # Sec. 4.1
-            nn.init.constant_(module.lam, 0.01)  # Sec. 4.1
-        if isinstance(module, PatchEmbed):  # as the linear map that it is
+        elif isinstance(module, PatchEmbed):  # as the linear map that it is
             nn.init.xavier_uniform_(module.proj.weight.flatten(1))
             nn.init.zeros_(module.proj.bias)
-        if isinstance(module, LabelEmbedder):
+        elif isinstance(module, LabelEmbedder):
             nn.init.normal_(module.embedding_table.weight, std=0.02)
-        if isinstance(module, TimestepEmbedder):
+        elif isinstance(module, TimestepEmbedder):
             nn.init.normal_(module.mlp[0].weight, std=0.02)
             nn.init.normal_(module.mlp[2].weight, std=0.02)
-    for module in model.modules():  # adaLN-Zero: every block starts as the identity, the network's output as 0
-        if isinstance(module, (Block, FinalLayer)):
+        elif isinstance(module, (Block, FinalLayer)):  # adaLN-Zero: each block starts as the identity, the output as 0
             nn.init.zeros_(module.adaLN_modulation[-1].weight)
-        if isinstance(module, FinalLayer):
-            nn.init.zeros_(module.linear.weight)
+            if isinstance(module, FinalLayer): nn.init.zeros_(module.linear.weight)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Randomness by address: every random number is a function of (seed, what it is for), never of a generator's history. So
@@ -472,7 +469,7 @@ def with_guidance(model, scale, channels):
 class Diffusion:
     """q, the loss and the samplers, over all T timesteps or over `steps` of them. t (B,) indexes `self.timesteps`."""
     def __init__(self, steps=None, T=1000):
-        self.timesteps = torch.tensor(respace(T, steps or T))  # what the model is told
+        self.timesteps = torch.tensor(respace(T, T if steps is None else steps))  # what the model is told
         abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, T, dtype=torch.float64), 0)[self.timesteps]
         previous = torch.cat([abar.new_ones(1), abar[:-1]])
         alpha, beta = abar / previous, 1 - abar / previous
@@ -603,7 +600,7 @@ RECIPES = {
 }
 
 # What may differ between a run and its continuation: none of it changes what a step computes (steps: but for decay).
-RESUMABLE = ("data", "out", "steps", "micro_batch", "log_every", "eval_every", "ckpt_every")
+RESUMABLE = ("out", "steps", "micro_batch", "log_every", "eval_every", "ckpt_every")
 
 class Data:
     """One prepared data set (data/README.md), memory-mapped and checked against the model that will read it."""
@@ -658,7 +655,10 @@ def distributed():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda": torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store = next(dist.rendezvous("env://"))[0]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart by torchrun finds the keys of the dead in it
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 def save_checkpoint(path, state):
@@ -670,6 +670,8 @@ def save_checkpoint(path, state):
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
+    except RuntimeError as e:  # torch's name for a full disk
+        raise OSError(f"cannot write {beside}: {e}") from e
     finally:
         beside.unlink(missing_ok=True)
 
@@ -678,9 +680,10 @@ def load_checkpoint(path):
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}; `torchrun train_min.py` makes one")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds on a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint (cut short?): {e}") from e
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        return {k: ckpt[k] for k in ("model", "ema", "optimizer", "step", "config", "training", "meta")}
+    except Exception as e:  # torch raises many kinds on a damaged file, with long texts
+        raise ValueError(f"{path} is not a readable checkpoint (cut short?): {str(e).partition(chr(10))[0]}") from e
 
 def load_model(path):
     """A checkpoint's averaged weights as a model ready for sampling, and the checkpoint."""
@@ -734,17 +737,23 @@ def train(config, training, resume=False):
         raise FileExistsError(f"{training.out} holds another run; --resume continues it, --out names another folder")
     if resume and ckpt_path.exists():
         ckpt = load_checkpoint(ckpt_path)
-        now, then = asdict(config) | asdict(training), ckpt["config"] | ckpt["training"]
+        now = asdict(config) | asdict(training) | {"data": data.meta["name"]}  # its folder may have moved
+        then = ckpt["config"] | ckpt["training"] | {"data": ckpt["meta"]["name"]}
         if differing := [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]:
             listed = ", ".join(f"{k} {then.get(k)!r} (now {now[k]!r})" for k in differing)
             raise ValueError(f"{ckpt_path} belongs to another configuration: {listed}")
         for part, state in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")): part.load_state_dict(ckpt[state])
         step = ckpt["step"]
-    if world > 1: dist.barrier()  # nobody writes before everybody has looked
+    if world > 1:  # this is also where everybody waits: nobody writes before all have looked
+        steps = [None] * world
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"the processes find checkpoints of steps {steps}: all machines must share {training.out}")
     if rank == 0:  # the log is cut back to the checkpoint
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        lines = log_path.read_text().splitlines(True) if log_path.exists() else []
-        log_path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        with open(log_path, "a+") as f:
+            f.seek(0)
+            f.truncate(sum(len(x) for x in f.readlines() if x.endswith("\n") and json.loads(x)["step"] <= step))
 
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=training.bf16)
@@ -798,6 +807,7 @@ def train(config, training, resume=False):
                     "step": step, "config": asdict(config), "training": asdict(training), "meta": data.meta,
                 })
             if stop: break
+        if world > 1: dist.barrier()  # ckpt.pt is there when train returns, on every process
         return step
     finally:
         reader.shutdown(wait=False, cancel_futures=True)

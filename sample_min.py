@@ -86,6 +86,7 @@ def main():
         raise ValueError("--per-class and --batch must be at least 1")
     if Path(args.out).suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {args.out}")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model, ckpt = load_model(args.checkpoint)
     labels = torch.tensor(labels_for(args.classes, ckpt["meta"]["classes"])).repeat_interleave(args.per_class)
     images = generate(model, labels, steps=args.steps, batch=args.batch, seed=args.seed, cfg=args.cfg,
@@ -105,3 +106,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"{os.path.basename(__file__)}: error: {e}")
+    finally:
+        if dist.is_initialized(): dist.destroy_process_group()

@@ -51,12 +51,12 @@ def parse(argv):
     parser.add_argument("--preset", default="digits", help=f"{', '.join(PRESETS)} (default digits)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     for title, part in (("model", config), ("training", training)):
-        group = parser.add_argument_group(f"{title}, {name}")
+        group, texts = parser.add_argument_group(f"{title}, {name}"), help_lines(type(part))
         for field in fields(part):
             value = getattr(part, field.name)
             kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
             group.add_argument(f"--{field.name.replace('_', '-')}", default=None, **kind,
-                               help=f"{help_lines(type(part))[field.name]} (default {value})")
+                               help=f"{texts[field.name]} (default {value})")
     group = parser.add_argument_group("samples at the end")
     for name, value, text in (("--samples", 500, "images, all classes equally; 0 for none"),
                               ("--cfg", 1.5, "guidance scale, 1 is none"),
@@ -66,6 +66,8 @@ def parse(argv):
     given = {k: v for k, v in args.items() if v is not None}
     training = override(training, **{f.name: given[f.name] for f in fields(Training) if f.name in given})
     config = override(config, **{f.name: given[f.name] for f in fields(Config) if f.name in given})
+    if args["samples"] < 0 or args["samples"] == 1 or not 2 <= args["sampling_steps"] <= 1000:  # not after hours
+        raise ValueError("--samples must be 0 or at least 2, --sampling-steps between 2 and 1000")
     return config, training, argparse.Namespace(**args)
 
 
@@ -73,7 +75,7 @@ def fit_to_data(config, training, given_classes):
     """Prepare the digits if they are missing; take the number of classes from the data unless it was given."""
     meta = Path(training.data) / "meta.json"
     if not meta.exists() and Path(training.data) == Path("data/digits") and os.environ.get("LOCAL_RANK", "0") == "0":
-        runpy.run_path("data/digits/prepare.py")["prepare"]("data/digits")
+        runpy.run_path(str(Path(__file__).parent / "data/digits/prepare.py"))["prepare"]("data/digits")
     if dist.is_initialized(): dist.barrier()
     if given_classes is None and meta.exists():
         config = override(config, num_classes=len(json.loads(meta.read_text())["classes"]))
@@ -114,9 +116,9 @@ def main(argv):
         labels = torch.arange(args.samples) % config.num_classes
         images = generate(model, labels, steps=args.sampling_steps, cfg=args.cfg, seed=training.seed)
         if rank == 0:
-            np.savez(npz, arr_0=images, labels=labels.numpy())
             columns = min(config.num_classes, 20)
             save_grid(out / "samples.png", images[: 8 * columns], columns)
+            np.savez(npz, arr_0=images, labels=labels.numpy())  # last: it says that the sampling is done
     if rank > 0:
         return
     plot_loss(out / "log.jsonl", out / "loss.png")
