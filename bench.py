@@ -14,7 +14,7 @@ from collections import Counter
 import torch
 
 import dydilit
-from dydilit import PRESETS, Diffusion, DyDiLiT, override, preset
+from dydilit import PRESETS, Diffusion, DyDiLiT
 
 GIB = 2**30
 
@@ -56,7 +56,7 @@ def saved_by(model, run):
 
 
 def memory(name, batch):
-    config = override(preset(PRESETS, name), num_classes=1000)
+    config = PRESETS[name]
     model, size = DyDiLiT(config), (batch, config.in_channels, config.input_size, config.input_size)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     x, noise, y, t = torch.randn(size), torch.randn(size), torch.arange(batch), torch.arange(batch) * 60 % 1000
@@ -78,7 +78,7 @@ def memory(name, batch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="peak memory of one training step and what holds it")
-    parser.add_argument("--preset", default="S/2", help="default: %(default)s")
+    parser.add_argument("--preset", default="S/2", choices=PRESETS, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="default: %(default)s")
     args = parser.parse_args()
     if not args.memory:

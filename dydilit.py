@@ -78,12 +78,6 @@ PRESETS = {
     "digits":   Config(input_size=8, patch_size=2, in_channels=1, hidden_size=96, depth=4, num_classes=10),
 }
 
-def preset(table: dict, name: str):
-    """table[name]; an unknown name is a ValueError that lists the known ones."""
-    if name not in table:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(table)}")
-    return table[name]
-
 def override(config, **values):
     """config with the given fields replaced; an unknown field is a ValueError that lists the known ones."""
     known = [f.name for f in fields(config)]
@@ -189,17 +183,15 @@ def dydila_attention(
         dk = difference(k_t, kp_t, lam, difference_routers[1], router_grad)
         return linear_attention(dq, dk, wide(v), normalize, eps).to(v.dtype)
 
-def check_shapes(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers):
-    """ValueError unless the nine tensors fit together, naming the one that does not."""
+def check_shapes(q, *rest):
+    """ValueError unless the nine tensors of dydila_attention fit together, naming the one that does not."""
     if q.dim() != 3:
         raise ValueError(f"q must be (B, N, D), got {tuple(q.shape)}")
-    D, n_F, n_D = q.shape[-1], gamma.numel(), lam.numel()
-    expected = {"k": (k, q.shape), "q_prime": (q_prime, q.shape), "k_prime": (k_prime, q.shape), "v": (v, q.shape),
-                "gamma": (gamma, (n_F,)), "lam": (lam, (n_D,)), "kernel_routers": (kernel_routers, (4, D, n_F)),
-                "difference_routers": (difference_routers, (2, 2 * D, n_D))}
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != tuple(shape):
-            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+    D, n_F, n_D = q.shape[-1], rest[4].numel(), rest[5].numel()
+    names = ("k", "q_prime", "k_prime", "v", "gamma", "lam", "kernel_routers", "difference_routers")
+    for name, x, shape in zip(names, rest, [q.shape] * 4 + [(n_F,), (n_D,), (4, D, n_F), (2, 2 * D, n_D)]):
+        if x.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(x.shape)}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The module.
@@ -451,20 +443,14 @@ def with_guidance(model, scale, channels):
     """Classifier-free guidance (Ho & Salimans 2022) on the noise of the first `channels` channels; 1.0 is no guidance.
 
     DiT guides three of the four latent channels, which its authors kept for reproducibility; the paper keeps DiT's
-    settings. The variance is the conditional one. Returns a function of (x, t, y) like the model.
+    settings. The rest, the variance too, is the conditional one. Returns a function of (x, t, y) like the model.
     """
-    if scale == 1.0:
-        return model
-
     def guided(x, t, y):
-        out, unconditional = model(
-            torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, model.config.num_classes)])
-        ).chunk(2)
-        g = out.clone()
-        g[:, :channels] = unconditional[:, :channels] + scale * (out - unconditional)[:, :channels]
-        return g
+        no_label = torch.full_like(y, model.config.num_classes)
+        out, free = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, no_label])).chunk(2)
+        return torch.cat([(free + scale * (out - free))[:, :channels], out[:, channels:]], dim=1)
 
-    return guided
+    return model if scale == 1.0 else guided
 
 class Diffusion:
     """q, the loss and the samplers, over all T timesteps or over `steps` of them. t (B,) indexes `self.timesteps`."""
@@ -562,10 +548,6 @@ def discretized_log_likelihood(x, mean, log_scale):
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp_min(1e-12).log()
 
-def to_uint8(x):
-    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8, with DiT's rounding."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training.
 
@@ -592,12 +574,6 @@ class Training:
     def __post_init__(self):
         check_fields(self, positive=("steps", "batch_size", "log_every", "eval_every", "ckpt_every"),
                      fractions=("decay", "ema_decay", "label_dropout"))
-
-# Goes with the model of the same name in PRESETS; one that is not listed takes Training(), the paper's ImageNet-1K run.
-RECIPES = {
-    "digits": Training(data="data/digits", out="out/digits", steps=3000, batch_size=64, lr=2e-3, warmup=50, decay=0.3,
-                       ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=500),
-}
 
 # What may differ between a run and its continuation: none of it changes what a step computes (steps: but for decay).
 RESUMABLE = ("out", "steps", "micro_batch", "log_every", "eval_every", "ckpt_every")
@@ -684,13 +660,6 @@ def load_checkpoint(path):
         return {k: ckpt[k] for k in ("model", "ema", "optimizer", "step", "config", "training", "meta")}
     except Exception as e:  # torch raises many kinds on a damaged file, with long texts
         raise ValueError(f"{path} is not a readable checkpoint (cut short?): {str(e).partition(chr(10))[0]}") from e
-
-def load_model(path):
-    """A checkpoint's averaged weights as a model ready for sampling, and the checkpoint."""
-    ckpt = load_checkpoint(path)
-    model = DyDiLiT(Config(**ckpt["config"]))
-    model.load_state_dict(ckpt["ema"])
-    return model.eval(), ckpt
 
 def learning_rate(training, step):
     tail = training.decay * training.steps

@@ -17,7 +17,20 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from dydilit import Diffusion, Progress, distributed, load_model, to_uint8
+from dydilit import Config, Diffusion, DyDiLiT, Progress, distributed, load_checkpoint
+
+def load_model(path):
+    """A checkpoint's averaged weights as a model ready for sampling, and the checkpoint."""
+    ckpt = load_checkpoint(path)
+    model = DyDiLiT(Config(**ckpt["config"]))
+    model.load_state_dict(ckpt["ema"])
+    return model.eval(), ckpt
+
+
+def to_uint8(x):
+    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8, with DiT's rounding."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
 
 def generate(model, labels, *, steps, batch=250, cfg_channels=None, **how):
     """Images (n, H, W, C) uint8 for the labels (n,), shared among the processes; None on all ranks but the first.

@@ -24,17 +24,28 @@ import torch.distributed as dist
 
 from dydilit import (
     PRESETS,
-    RECIPES,
     Config,
     Training,
     distributed,
-    load_model,
     override,
-    preset,
     train,
 )
 from eval_min import report
-from sample_min import generate, save_grid
+from sample_min import generate, load_model, save_grid
+
+# Goes with the model of the same name in PRESETS; one that is not listed takes Training(), the paper's ImageNet-1K run.
+RECIPES = {
+    "digits": Training(data="data/digits", out="out/digits", steps=3000, batch_size=64, lr=2e-3, warmup=50, decay=0.3,
+                       ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=500),
+}
+
+
+def preset(table: dict, name: str):
+    """table[name]; an unknown name is a ValueError that lists the known ones."""
+    if name not in table:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(table)}")
+    return table[name]
+
 
 def help_lines(config_class):
     """{field: the comment behind it}, so that the command line says what the source says."""

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import assert_close, attention_loop, choose, side_margin, top2_margin
 
 import dydilit
-from dydilit import DWC, PRESETS, Config, DyDiLA, DyDiLiT, override, position_embedding, preset
+from dydilit import DWC, PRESETS, Config, DyDiLA, DyDiLiT, override, position_embedding
+from train_min import preset
 
 TINY = Config(input_size=6, patch_size=2, in_channels=2, hidden_size=8, depth=2, n_projectors=2, n_kernels=3,
               n_lambdas=3, num_classes=4)  # fmt: skip

@@ -21,8 +21,9 @@ from runs import CONFIG, ROOT, RUN, finish, flags, prepare_digits, start, torchr
 from torch.distributed.run import get_args_parser
 
 import sample_min
-from dydilit import PRESETS, RECIPES, Config, Training, train
+from dydilit import PRESETS, Config, Training, train
 from sample_min import save_grid
+from train_min import RECIPES
 
 TINY = flags(**asdict(CONFIG), **{k: v for k, v in asdict(RUN).items() if k not in ("data", "out")})
 

@@ -31,12 +31,12 @@ from dydilit import (
     Training,
     learning_rate,
     load_checkpoint,
-    load_model,
     override,
-    preset,
     save_checkpoint,
     train,
 )
+from sample_min import load_model
+from train_min import preset
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
