@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup train test lint clean
+.PHONY: setup ext train test lint clean
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -16,14 +16,22 @@ setup: .venv/ready
 	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
-train: setup
+# the fused op; without a compiler everything else still runs, on the Python path
+ext: .venv/ext
+
+.venv/ext: .venv/ready setup.py $(wildcard csrc/*)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace > .venv/ext.log 2>&1 \
+	  && tail -n 1 .venv/ext.log || echo "the fused op was not built (.venv/ext.log says why): the Python path it is"
+	touch $@
+
+train: setup ext
 	$(BIN)/torchrun train_min.py --resume
 
-test: setup lint
+test: setup ext lint
 	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv out data/digits/*.npy data/digits/meta.json
+	rm -rf .venv out build *.so data/digits/*.npy data/digits/meta.json

@@ -20,6 +20,7 @@ One head of width D everywhere, every norm over the whole token: the paper's GFL
 The skeleton keeps DiT's names (Peebles & Xie 2023), the new parts the paper's letters.
 """
 
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,6 @@ PRESETS = {
     "digits":   Config(input_size=8, patch_size=2, in_channels=1, hidden_size=96, depth=4, num_classes=10),
 }
 
-def override(config, **values):
-    """config with the given fields replaced; an unknown field is a ValueError that lists the known ones."""
-    known = [f.name for f in fields(config)]
-    if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"unknown field {unknown[0]!r} of {type(config).__name__}; known: {', '.join(known)}")
-    return replace(config, **values)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The equations: pure functions, float32 inside (float64 inputs stay float64), and the specification of the fused op.
 
@@ -100,10 +94,10 @@ def power_kernel(z, gamma):
     r = wide(z).relu()
     alive = r > 0
     m = r.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
-    # (r / m)^gamma lies in [0, 1] whatever gamma is; m cancels in p / |p|, so it carries no gradient
-    p = torch.where(alive, torch.where(alive, r / m, 1) ** gamma, 0)
-    norm = torch.linalg.vector_norm(p, dim=-1, keepdim=True)
-    return p / torch.where(norm > 0, norm, 1) * torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+    t = r / m  # t and t^gamma lie in [0, 1] whatever z and gamma are; m cancels, so it carries no gradient
+    p = torch.where(alive, torch.where(alive, t, 1) ** gamma, 0)
+    s, n = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (t, p))
+    return p / torch.where(n > 0, n, 1) * (m * s)
 
 def route(z, router, router_grad=True):
     """The arg max of Eqs. 1, 6 and 7; the lowest index wins a tie.
@@ -173,8 +167,16 @@ def dydila_attention(
     check_shapes(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers)
     if backend not in ("auto", "reference", "fused"):
         raise ValueError(f"backend must be 'auto', 'reference' or 'fused', got {backend!r}")
-    if backend == "fused":
-        raise RuntimeError("backend='fused' needs the C++ extension, which this version does not contain yet")
+    fused = q.device.type in FUSED_DEVICES
+    if backend == "fused" and not fused:
+        raise RuntimeError(f"no extension for {q.device.type} is here; python setup.py build_ext --inplace builds it")
+    if backend == "auto" and q.is_cuda:  # what the CUDA kernels are made for
+        fused = fused and q.dtype != torch.float64 and q.shape[-1] <= 1536 and max(len(gamma), len(lam)) <= 256
+    if fused and backend != "reference":
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, q_prime, k_prime, v)))
+        narrow = (x.to(dtype) for x in (q, k, q_prime, k_prime, v))
+        rest = (x.to(wide(q.new_empty(0, dtype=dtype)).dtype) for x in (gamma, lam, kernel_routers, difference_routers))
+        return torch.ops.dydilit.attention_fwd(*narrow, *rest, normalize, router_grad, eps)[0].to(v.dtype)
     with torch.autocast(q.device.type, enabled=False):  # in 16 bits every linear attention so far has met NaN
         q_t, k_t, qp_t, kp_t = (
             measure(z, gamma, router, router_grad) for z, router in zip((q, k, q_prime, k_prime), kernel_routers)
@@ -192,6 +194,43 @@ def check_shapes(q, *rest):
     for name, x, shape in zip(names, rest, [q.shape] * 4 + [(n_F,), (n_D,), (4, D, n_F), (2, 2 * D, n_D)]):
         if x.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(x.shape)}")
+
+# The same function fused, forward and backward: csrc/. Without it, or with one for another torch, the code above runs.
+FUSED_DEVICES = ()
+try:
+    import dydilit_C
+    built = dydilit_C.build_info()
+    if built["torch"] != torch.__version__.split("+")[0]:
+        raise ImportError(f"dydilit_C was built for torch {built['torch']}, this is {torch.__version__}")
+    FUSED_DEVICES = ("cpu", "cuda") if built["cuda_archs"] else ("cpu",)
+except ModuleNotFoundError: pass  # never built
+except ImportError as e:
+    print(f"dydilit: no fused op, the Python path instead ({e}); python setup.py build_ext --inplace", file=sys.stderr)
+
+def fused_fake(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers, normalize, router_grad, eps):
+    (B, N, D), new = q.shape, gamma.new_empty
+    n, b = min(N, D), B if normalize else 0
+    core = q.new_empty if q.is_cuda and q.dtype == torch.bfloat16 else new  # CUDA keeps Dq, Dk and their product narrow
+    return (q.new_empty(B, N, D), core(B, N, D), core(B, N, D), core(B, n, n), new(4, B, N, len(gamma)),
+            new(2, B, N, len(lam)), new(b, D + 1), new(b, N))
+
+def fused_setup(ctx, inputs, output):
+    ctx.options = inputs[9:]  # normalize, router_grad, eps
+    ctx.mark_non_differentiable(*output[1:])  # what the backward needs again
+    ctx.save_for_backward(*inputs[:9], *output[1:])
+
+def fused_backward(ctx, dout, *_):
+    grads = torch.ops.dydilit.attention_bwd(dout, *ctx.saved_tensors[:9], *ctx.options, *ctx.saved_tensors[9:])
+    return *(grads if ctx.options[1] else grads[:7] + (None, None)), None, None, None
+
+def fused_twice(ctx, *_):
+    raise RuntimeError("the fused op has no second derivatives; backend='reference' has")
+
+if FUSED_DEVICES:
+    torch.library.register_fake("dydilit::attention_fwd", fused_fake)
+    torch.library.register_fake("dydilit::attention_bwd", lambda dout, *x: tuple(z.new_empty(z.shape) for z in x[:9]))
+    torch.library.register_autograd("dydilit::attention_fwd", fused_backward, setup_context=fused_setup)
+    torch.library.register_autograd("dydilit::attention_bwd", fused_twice)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The module.
@@ -303,8 +342,7 @@ def position_embedding(grid, dim):
 class PatchEmbed(nn.Module):
     def __init__(self, config):
         super().__init__()
-        p = config.patch_size
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, kernel_size=p, stride=p)
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
 
     def forward(self, x):
         return tokens(self.proj(x))
@@ -414,8 +452,7 @@ def initialize(model):
         elif isinstance(module, LabelEmbedder):
             nn.init.normal_(module.embedding_table.weight, std=0.02)
         elif isinstance(module, TimestepEmbedder):
-            nn.init.normal_(module.mlp[0].weight, std=0.02)
-            nn.init.normal_(module.mlp[2].weight, std=0.02)
+            for layer in (module.mlp[0], module.mlp[2]): nn.init.normal_(layer.weight, std=0.02)
         elif isinstance(module, (Block, FinalLayer)):  # adaLN-Zero: each block starts as the identity, the output as 0
             nn.init.zeros_(module.adaLN_modulation[-1].weight)
             if isinstance(module, FinalLayer): nn.init.zeros_(module.linear.weight)
@@ -523,7 +560,7 @@ class Diffusion:
         def gaussian():
             return torch.stack([torch.from_numpy(g.standard_normal(shape, np.float32)) for g in generators]).to(device)
 
-        guided = with_guidance(model, cfg, config.in_channels if cfg_channels is None else cfg_channels)
+        guided = with_guidance(model, cfg, cfg_channels or config.in_channels)
         x = gaussian()
         for s in reversed(range(len(self.timesteps))):
             t = torch.full_like(y, s)
@@ -595,8 +632,7 @@ class Data:
             raise ValueError(f"{path}: {self.images.dtype} {self.images.shape[1:]}, but the model reads uint8 {shape}")
         if len(self.labels) != len(self.images) or self.n_train < 1:
             raise ValueError(f"{path}: {len(self.images)} images, {len(self.labels)} labels, {self.n_train} to train")
-        low, high = self.labels.min(), self.labels.max()
-        if low < 0 or high >= self.null:
+        if not 0 <= (low := self.labels.min()) <= (high := self.labels.max()) < self.null:
             raise ValueError(f"{path} has labels {low} .. {high}, the model {self.null} classes")
 
     def item(self, row, g, flip, dropout):
@@ -608,22 +644,20 @@ class Data:
         return x.astype(np.float32) / 127.5 - 1, y, g.integers(1000), g.standard_normal(x.shape, np.float32)
 
     def batch(self, seed, step, batch_size, share, dropout):
-        """The images `share` (a range) of step's global batch. Epoch e visits the images in the order of (seed, e)."""
+        """x, y, t, noise of the images `share` (a range) of a step's batch; epoch e goes in the order of (seed, e)."""
         rows = []
         for j in share:
             epoch, k = divmod(step * batch_size + j, self.n_train)
             if self.order[0] != epoch:
                 self.order = epoch, generator(seed, ORDER, epoch).permutation(self.n_train)
             rows.append(self.item(self.order[1][k], generator(seed, STEP, step, j), True, dropout))
-        return collate(rows)
+        return [torch.from_numpy(np.stack(z)) for z in zip(*rows)]
 
     def held_out(self, most=512):
-        """The first held-out images, with timesteps and noise that never change."""
-        rows = range(self.n_train, min(self.n_train + most, len(self.images)))
-        return collate([self.item(row, generator(0, HELD_OUT, row), False, 0.0) for row in rows]) if rows else None
-
-def collate(rows):
-    return [torch.from_numpy(np.stack(z)) for z in zip(*rows)]  # x (B, C, H, W), y (B,), t (B,), noise (B, C, H, W)
+        """The same of the first held-out images, with timesteps and noise that never change; [] without any."""
+        numbers = range(self.n_train, min(self.n_train + most, len(self.images)))
+        rows = [self.item(row, generator(0, HELD_OUT, row), False, 0.0) for row in numbers]
+        return [torch.from_numpy(np.stack(z)) for z in zip(*rows)]
 
 def distributed():
     """(rank, world size, device), from torchrun's environment if there is one; joins the process group once."""
@@ -665,28 +699,12 @@ def learning_rate(training, step):
     tail = training.decay * training.steps
     return training.lr * min(1, (step + 1) / max(1, training.warmup), (training.steps - step) / tail if tail else 1)
 
-class Progress:
-    """A bar on the terminal's last line; where stderr is no terminal, a line now and then."""
-    def __init__(self, what, total, done=0, quiet=False):
-        self.what, self.total, self.first, self.done, self.quiet = what, total, done, done, quiet
-        self.live, self.began, self.shown = sys.stderr.isatty(), time.time(), 0.0
-
-    def __call__(self, text=""):
-        self.done, now = self.done + 1, time.time()
-        end = self.done >= self.total
-        if self.quiet or (not end and now - self.shown < (0.2 if self.live else 20)): return
-        self.shown, rate = now, (self.done - self.first) / (now - self.began + 1e-9)
-        line = f"{self.what} [{'#' * (24 * self.done // self.total):.<24}] {self.done}/{self.total}  {text}  "
-        line += f"{rate:.2f}/s  {(self.total - self.done) / rate:.0f} s left"
-        sys.stderr.write(f"\r{line} {chr(10) * end}" if self.live else f"{line}\n")
-        sys.stderr.flush()
-
-def train(config, training, resume=False):
+def train(config, training, resume=False, on_step=None):
     """Train, and leave ckpt.pt and log.jsonl in training.out. Returns the steps done, fewer if interrupted.
 
-    resume continues from ckpt.pt if there is one. Errors: FileExistsError when `out` holds a run and resume is off;
-    ValueError for a checkpoint of another configuration or a batch that does not divide; FloatingPointError at the
-    first non-finite loss or gradient, with the last checkpoint kept.
+    resume continues from ckpt.pt if there is one; on_step(step, loss) is called after every step. Errors:
+    FileExistsError when `out` holds a run and resume is off; ValueError for a checkpoint of another configuration or a
+    batch that does not divide; FloatingPointError at the first non-finite loss or gradient, the last checkpoint kept.
     """
     rank, world, device = distributed()
     torch.manual_seed(training.seed)
@@ -726,7 +744,7 @@ def train(config, training, resume=False):
 
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=training.bf16)
-    held_out, stopped, progress = data.held_out(), [], Progress("train", training.steps, step, quiet=rank > 0)
+    held_out, stopped = data.held_out(), []
     handlers = {s: signal.signal(s, lambda signum, _: stopped.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
     mine = range(rank * share, (rank + 1) * share)
     def fetch(step): return data.batch(training.seed, step, training.batch_size, mine, training.label_dropout)
@@ -757,13 +775,12 @@ def train(config, training, resume=False):
             optimizer.zero_grad()
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - training.ema_decay)
             step += 1
-            progress(f"loss {mse + vb:.4f}")
+            if on_step: on_step(step, mse + vb)
 
             end = step == training.steps
             if rank == 0 and (step % training.log_every == 0 or end):
-                speed = (step - first_step) * training.batch_size / (time.time() - began)
-                line = {"step": step, "loss": mse + vb, "mse": mse, "vb": vb, "lr": lr, "grad_norm": norm,
-                        "images_per_s": round(speed, 1)}
+                speed = round((step - first_step) * training.batch_size / (time.time() - began), 1)
+                line = dict(step=step, loss=mse + vb, mse=mse, vb=vb, lr=lr, grad_norm=norm, images_per_s=speed)
                 if held_out and (step % training.eval_every == 0 or end):
                     with torch.no_grad(), autocast:
                         mse, vb = diffusion.loss(ema, *(z.to(device) for z in held_out))

@@ -10,6 +10,7 @@ Image i depends on the seed and on i, not on the batch size or the number of pro
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,26 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from dydilit import Config, Diffusion, DyDiLiT, Progress, distributed, load_checkpoint
+from dydilit import Config, Diffusion, DyDiLiT, distributed, load_checkpoint
+
+class Progress:
+    """A bar on the terminal's last line; where stderr is no terminal, a line now and then."""
+
+    def __init__(self, what, total, quiet=False):
+        self.what, self.total, self.quiet, self.first, self.done = what, total, quiet, None, 0
+        self.live, self.shown = sys.stderr.isatty(), 0.0
+
+    def __call__(self, text="", done=None):
+        self.done, now = self.done + 1 if done is None else done, time.time()
+        if self.first is None: self.first, self.began = self.done, now  # a resumed run does not begin at 0
+        end = self.done >= self.total
+        if self.quiet or (not end and now - self.shown < (0.2 if self.live else 20)): return
+        self.shown, rate = now, (self.done - self.first) / (now - self.began + 1e-9)
+        left = f"{rate:.2f}/s  {(self.total - self.done) / rate:.0f} s left" if rate else ""
+        line = f"{self.what} [{'#' * (24 * self.done // self.total):.<24}] {self.done}/{self.total}  {text}  {left}"
+        sys.stderr.write(f"\r{line} {chr(10) * end}" if self.live else f"{line}\n")
+        sys.stderr.flush()
+
 
 def load_model(path):
     """A checkpoint's averaged weights as a model ready for sampling, and the checkpoint."""
@@ -99,8 +119,10 @@ def main():
         raise ValueError("--per-class and --batch must be at least 1")
     if Path(args.out).suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {args.out}")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     model, ckpt = load_model(args.checkpoint)
+    if not 1 <= (args.cfg_channels or 1) <= model.config.in_channels:
+        raise ValueError(f"--cfg-channels must be between 1 and the model's {model.config.in_channels}")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     labels = torch.tensor(labels_for(args.classes, ckpt["meta"]["classes"])).repeat_interleave(args.per_class)
     images = generate(model, labels, steps=args.steps, batch=args.batch, seed=args.seed, cfg=args.cfg,
                       cfg_channels=args.cfg_channels, sampler=args.sampler)

@@ -14,7 +14,7 @@ import re
 import runpy
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from inspect import getsource
 from pathlib import Path
 
@@ -27,11 +27,10 @@ from dydilit import (
     Config,
     Training,
     distributed,
-    override,
     train,
 )
 from eval_min import report
-from sample_min import generate, load_model, save_grid
+from sample_min import Progress, generate, load_model, save_grid
 
 # Goes with the model of the same name in PRESETS; one that is not listed takes Training(), the paper's ImageNet-1K run.
 RECIPES = {
@@ -45,6 +44,14 @@ def preset(table: dict, name: str):
     if name not in table:
         raise ValueError(f"unknown preset {name!r}; known: {', '.join(table)}")
     return table[name]
+
+
+def override(config, **values):
+    """config with the given fields replaced; an unknown field is a ValueError that lists the known ones."""
+    known = [f.name for f in fields(config)]
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"unknown field {unknown[0]!r} of {type(config).__name__}; known: {', '.join(known)}")
+    return replace(config, **values)
 
 
 def help_lines(config_class):
@@ -114,7 +121,8 @@ def main(argv):
     rank = distributed()[0]
     config = fit_to_data(config, training, args.num_classes)
     again = f"{shlex.join(['torchrun', 'train_min.py', *(a for a in argv if a != '--resume')])} --resume"
-    step = train(config, training, resume=args.resume)
+    bar = Progress("train", training.steps, quiet=rank > 0)
+    step = train(config, training, args.resume, on_step=lambda step, loss: bar(f"loss {loss:.4f}", step))
     out = Path(training.out)
     if step < training.steps:
         if rank == 0: print(f"\nstopped at step {step} of {training.steps}, saved {out}/ckpt.pt; to go on: {again}")

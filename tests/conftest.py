@@ -13,3 +13,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def reference_path(monkeypatch):
+    """As if the extension had not been built: the Python path is what is tested."""
+    monkeypatch.setattr("dydilit.FUSED_DEVICES", ())

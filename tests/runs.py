@@ -21,9 +21,9 @@ from dydilit import Config, Training, train  # noqa: E402
 
 # The run that every comparison repeats: warm-up, decay, averaging, a held-out loss and a checkpoint all happen in it.
 CONFIG = Config(input_size=8, in_channels=1, hidden_size=16, depth=1, n_projectors=2, n_kernels=3, n_lambdas=3,
-                num_classes=10)  # fmt: skip
+                num_classes=10)
 RUN = Training(steps=6, batch_size=8, lr=1e-2, warmup=2, decay=0.5, ema_decay=0.9, log_every=1, eval_every=2,
-               ckpt_every=3)  # fmt: skip
+               ckpt_every=3)
 
 
 def prepare_digits(folder):
@@ -34,17 +34,17 @@ def prepare_digits(folder):
 def flags(**values):
     """{"micro_batch": 4, "bf16": False} -> ["--micro-batch=4", "--no-bf16"]"""
     return [f"--{'' if value else 'no-'}{name.replace('_', '-')}" if isinstance(value, bool) else
-            f"--{name.replace('_', '-')}={value}" for name, value in values.items()]  # fmt: skip
+            f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
 def start(*command):
-    """A process in a group of its own, in the repository's root, with warnings as errors and, since the bits depend on
-    it, one thread, as in the tests."""
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    """A process in the repository's root, on the CPU, with warnings as errors and, since the bits depend on it, one
+    thread, as in the tests."""
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, text=True, start_new_session=True,
+        [sys.executable, *map(str, command)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | settings,
-    )  # fmt: skip
+    )
 
 
 def torchrun(*arguments):
@@ -52,12 +52,12 @@ def torchrun(*arguments):
 
 
 def finish(process, timeout=120):
-    """Its stdout and stderr; after `timeout` its whole group is killed."""
+    """Its stdout and stderr. After `timeout` it is told to stop; torchrun then ends its workers, by force if needed."""
     try:
         return process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"still running after {timeout} s:\n{process.communicate()}") from None
+        process.terminate()
+        raise AssertionError(f"still running after {timeout} s:\n{process.communicate(timeout=60)}") from None
 
 
 def read_log(out):

@@ -175,7 +175,7 @@ def test_the_variational_term_is_the_integral_of_q_log_q_over_p(t):
     mean = torch.tensor([true_mean + shift for shift, _ in models], dtype=f64).view(pixels)
     log_variance = torch.tensor([math.log(variance * scale) for _, scale in models], dtype=f64).view(pixels)
     got = diffusion.variational_term(torch.full(pixels, x0, dtype=f64), torch.full(pixels, x_t, dtype=f64),
-                                     torch.tensor([t]), mean, log_variance)  # fmt: skip
+                                     torch.tensor([t]), mean, log_variance)
     assert_close("KL in bits", got, [want], atol=1e-7, rtol=1e-7)
 
 
@@ -488,7 +488,7 @@ def test_to_uint8_rounds_like_dit():
 
 def test_addresses_have_streams_of_their_own():
     words = [generator(seed, purpose, a, b).bit_generator.random_raw(32)
-             for seed in range(4) for purpose in range(4) for a in (0, 1, 2, 1000) for b in (0, 1, 2, 255)]  # fmt: skip
+             for seed in range(4) for purpose in range(4) for a in (0, 1, 2, 1000) for b in (0, 1, 2, 255)]
     assert len(np.unique(np.concatenate(words))) == 32 * len(words), "no two overlap, not even shifted"
     one, again = (generator(3, 1, 2, 4).bit_generator.random_raw(32) for _ in range(2))
     assert (one == again).all()
@@ -497,7 +497,7 @@ def test_addresses_have_streams_of_their_own():
 def test_the_streams_are_random_across_addresses():
     """Neighbouring addresses are as good as neighbouring draws: the first number of each, over a line of them."""
     for line in ([generator(0, 1, a) for a in range(4000)], [generator(0, 1, 7, b) for b in range(4000)],
-                 [generator(seed, 3) for seed in range(4000)]):  # fmt: skip
+                 [generator(seed, 3) for seed in range(4000)]):
         first = np.array([g.standard_normal() for g in line])
         assert abs(first.mean()) < 5 / 4000**0.5 and abs(first.std() - 1) < 5 / 8000**0.5
         assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 5 / 4000**0.5

@@ -1,6 +1,5 @@
 """Equations 1 to 8 against loops over tokens (util.py), their gradients against hand-written ones."""
 
-import importlib.util
 from functools import partial
 
 import numpy as np
@@ -15,6 +14,7 @@ from util import assert_close, attend, attention_loop, choose, grads_of, power, 
 
 from dydilit import difference, dydila_attention, linear_attention, measure, power_kernel, route, routed_projection
 
+pytestmark = pytest.mark.usefixtures("reference_path")  # test_fused.py has the extension
 f64 = torch.float64
 TOKENS = ("q", "k", "q_prime", "k_prime", "v")
 
@@ -413,7 +413,7 @@ def test_an_empty_batch_gives_an_empty_output():
 def op_written_densely(
     q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
     normalize=True, router_grad=True, kept=None,
-):  # fmt: skip
+):
     """The op for autograd, straight from the printed equations: one-hot choices, explicit gates, the quadratic order.
 
     kept collects (tokens, one-hot choice, selected factor) of the six routers, to continue by hand from there.
@@ -511,7 +511,7 @@ def test_attention_ignores_the_order_of_the_tokens():
 # Errors.
 
 WRONG = {"k": (2, 6, 4), "q_prime": (2, 5, 5), "k_prime": (1, 5, 4), "v": (2, 5), "kernel_routers": (3, 4, 3),
-         "difference_routers": (2, 4, 2), "gamma": (3, 1), "lam": (1, 2)}  # fmt: skip
+         "difference_routers": (2, 4, 2), "gamma": (3, 1), "lam": (1, 2)}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -534,7 +534,6 @@ def test_backends():
         dydila_attention(**inputs, backend="cuda")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("dydilit_C") is not None, reason="the extension is built")
 def test_fused_without_the_extension_is_a_clear_error():
     with pytest.raises(RuntimeError, match="extension"):
         dydila_attention(**random_op_inputs(1, 5, 4, 3, 2), backend="fused")

@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from util import assert_close, attention_loop, choose, side_margin, top2_margin
 
 import dydilit
-from dydilit import DWC, PRESETS, Config, DyDiLA, DyDiLiT, override, position_embedding
-from train_min import preset
+from dydilit import DWC, PRESETS, Config, DyDiLA, DyDiLiT, position_embedding
+from train_min import override, preset
 
+pytestmark = pytest.mark.usefixtures("reference_path")  # test_fused.py has the extension
 TINY = Config(input_size=6, patch_size=2, in_channels=2, hidden_size=8, depth=2, n_projectors=2, n_kernels=3,
-              n_lambdas=3, num_classes=4)  # fmt: skip
+              n_lambdas=3, num_classes=4)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -160,7 +161,7 @@ def test_dwc_is_the_sum_of_three_convolutions_and_merges_into_one(grid):
     image = v.reshape(2, *grid, 5).permute(0, 3, 1, 2)
     want = (F.conv2d(image, dwc.square, dwc.bias, padding=1, groups=5)
             + F.conv2d(image, dwc.horizontal, padding=(0, 1), groups=5)
-            + F.conv2d(image, dwc.vertical, padding=(1, 0), groups=5)).permute(0, 2, 3, 1).reshape(v.shape)  # fmt: skip
+            + F.conv2d(image, dwc.vertical, padding=(1, 0), groups=5)).permute(0, 2, 3, 1).reshape(v.shape)
     assert_close("branches", dwc(v, grid), want, atol=1e-12)
     for _ in range(2):  # merging twice is merging once
         dwc.merge_()
@@ -355,7 +356,7 @@ def test_names_are_those_of_dit():
     names = set(DyDiLiT(override(TINY, depth=1)).state_dict())
     dit = {f"{layer}.{kind}" for kind in ("weight", "bias") for layer in (
         "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "blocks.0.adaLN_modulation.1", "blocks.0.attn.proj",
-        "final_layer.linear", "final_layer.adaLN_modulation.1")}  # fmt: skip
+        "final_layer.linear", "final_layer.adaLN_modulation.1")}
     dit |= {"pos_embed", "y_embedder.embedding_table.weight", "blocks.0.attn.qkv.weight"}
     assert dit <= names
     assert all(name.startswith(("blocks.0.attn.", "blocks.0.mlp.")) for name in names - dit)
@@ -534,7 +535,7 @@ def test_multiply_adds_are_those_of_the_paper(name, input_size, printed, true, m
     ({"n_kernels": "9"}, "Config.n_kernels must be int, got '9'"),
     ({"n_lambdas": 0}, "Config.n_lambdas must be .*1.*, got 0"),
     ({"num_classes": -1}, "Config.num_classes must be .*1.*, got -1"),
-])  # fmt: skip
+])
 def test_a_wrong_field_is_an_error(fields, message):
     with pytest.raises(ValueError, match=message):
         Config(**fields)

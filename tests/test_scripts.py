@@ -28,6 +28,13 @@ from train_min import RECIPES
 TINY = flags(**asdict(CONFIG), **{k: v for k, v in asdict(RUN).items() if k not in ("data", "out")})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     return str(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
@@ -58,7 +65,7 @@ def finished(digits, tmp_path_factory):
     """What a real `torchrun train_min.py` leaves, over two processes: its folder and its output."""
     out = tmp_path_factory.mktemp("finished") / "out"
     process = torchrun("--standalone", "--nproc_per_node=2", "train_min.py", *TINY, f"--data={digits}", f"--out={out}",
-                       "--samples=40", "--sampling-steps=3")  # fmt: skip
+                       "--samples=40", "--sampling-steps=3")
     stdout, stderr = finish(process)
     assert process.returncode == 0, stderr
     return out, stdout
@@ -137,7 +144,7 @@ def test_help_lists_every_field_with_its_comment_and_default(script):
         line.target.id: lines[line.lineno - 1].split("  # ")[1]
         for part in source.body if isinstance(part, ast.ClassDef) and part.name in ("Config", "Training")
         for line in part.body if isinstance(line, ast.AnnAssign)
-    }  # fmt: skip
+    }
     for part in (PRESETS["digits"], RECIPES["digits"]):
         for field in fields(part):
             flag = f"--{field.name.replace('_', '-')}"
@@ -178,7 +185,7 @@ def test_every_flag_reaches_its_field():
     (["--samples=-1"], "--samples must be 0 or at least 2"),
     (["--sampling-steps=1"], "--sampling-steps between 2 and 1000"),
     (["--lr=1e30", "--warmup=0"], "step 1: loss"),
-])  # fmt: skip
+])
 def test_a_wrong_value_ends_train_min_with_one_line(script, digits, tmp_path, arguments, message):
     code, _, stderr = script("train_min.py", f"--data={digits}", *TINY, f"--out={tmp_path}/out", *arguments)
     assert isinstance(code, str) and code.startswith("train_min.py: error: ") and "\n" not in code
@@ -272,7 +279,7 @@ def test_an_image_depends_on_seed_and_number_not_on_the_batch_or_the_processes(s
     for batch in (1, 4):
         assert abs(sample("--per-class=5", f"--batch={batch}")[0].astype(int) - images).max() <= 1
     process = torchrun("--standalone", "--nproc_per_node=2", "sample_min.py", zoo, "--steps=4", "--per-class=5",
-                       f"--out={tmp_path}/two.npz")  # fmt: skip
+                       f"--out={tmp_path}/two.npz")
     stdout, stderr = finish(process)
     assert process.returncode == 0, stderr
     assert stdout.count("15 images from step 12") == 1
@@ -325,7 +332,7 @@ def test_save_grid_shows_latents_by_their_first_three_channels(tmp_path):
     (["--batch=0"], "--per-class and --batch must be at least 1"),
     (["--out=grid.jpg"], "--out must end in .png or .npz, got grid.jpg"),
     (["--seed=-1"], "key must be positive"),
-])  # fmt: skip
+])
 def test_a_wrong_value_ends_sample_min_with_one_line(script, zoo, tmp_path, arguments, message):
     code, _, stderr = script("sample_min.py", zoo, f"--out={tmp_path}/s.npz", *arguments)
     assert isinstance(code, str) and code.startswith("sample_min.py: error: ") and "\n" not in code

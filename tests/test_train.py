@@ -31,12 +31,18 @@ from dydilit import (
     Training,
     learning_rate,
     load_checkpoint,
-    override,
     save_checkpoint,
     train,
 )
 from sample_min import load_model
-from train_min import preset
+from train_min import override, preset
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
@@ -255,7 +261,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_and_logged_as_they_were
 def test_averaged_weights_follow_their_formula(run, monkeypatch):
     states = []
     monkeypatch.setattr(dydilit, "save_checkpoint", lambda path, state: states.append(
-        {part: {k: v.clone() for k, v in state[part].items()} for part in ("model", "ema")}))  # fmt: skip
+        {part: {k: v.clone() for k, v in state[part].items()} for part in ("model", "ema")}))
     train(CONFIG, replace(run, steps=4, ckpt_every=1))
     torch.manual_seed(run.seed)
     start_state = DyDiLiT(CONFIG).state_dict()
@@ -326,7 +332,7 @@ def test_checkpoint_loads_without_pickle_and_describes_itself_in_plain_words(run
     ckpt = torch.load(Path(run.out, "ckpt.pt"), weights_only=True)
     assert ckpt.keys() == {"model", "ema", "optimizer", "step", "config", "training", "meta"}
     described = {"config": asdict(CONFIG), "training": asdict(run), "step": 6,
-                 "meta": json.loads(Path(run.data, "meta.json").read_text())}  # fmt: skip
+                 "meta": json.loads(Path(run.data, "meta.json").read_text())}
     assert json.loads(json.dumps({k: ckpt[k] for k in described})) == described
     assert ckpt["model"].keys() == ckpt["ema"].keys() == DyDiLiT(CONFIG).state_dict().keys()
     assert sorted(contents(run.out)) == ["ckpt.pt", "log.jsonl"]
@@ -510,7 +516,7 @@ def test_two_torchrun_agents_train_the_model_of_one_process(alone, digits, tmp_p
         port = s.getsockname()[1]
     training = asdict(replace(RUN, data=digits, out=str(tmp_path / "out")))
     arguments = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
-                 "train_min.py", *flags(**asdict(CONFIG), **training, samples=0)]  # fmt: skip
+                 "train_min.py", *flags(**asdict(CONFIG), **training, samples=0)]
     agents = [torchrun(*arguments) for _ in range(2)]
     outputs = [finish(agent) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
@@ -537,7 +543,7 @@ def test_torchrun_restarts_a_killed_process_from_the_last_checkpoint(together, d
     (CONFIG, "normalize", 1), (RUN, "steps", 0), (RUN, "batch_size", 0), (RUN, "lr", -1e-4), (RUN, "lr", math.nan),
     (RUN, "label_dropout", 1.5), (RUN, "ema_decay", math.nan), (RUN, "decay", 2.0),
     (RUN, "seed", -1), (RUN, "data", 3), (RUN, "micro_batch", -1),
-])  # fmt: skip
+])
 def test_a_wrong_value_is_refused_with_the_name_of_its_field(part, field, value):
     with pytest.raises(ValueError, match=rf"^{type(part).__name__}\.{field} must be .*, got {value!r}$"):
         replace(part, **{field: value})
@@ -549,7 +555,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(part, field, value)
     (lambda: override(RUN, learning_rate=1.0), "unknown field 'learning_rate' of Training; known: data, out, steps"),
     (lambda: Config(hidden_size=18), "hidden_size 18 must be a multiple of 4"),
     (lambda: Config(input_size=9), "patch_size 2 does not divide input_size 9"),
-], ids=["preset", "Config", "Training", "hidden_size", "patch_size"])  # fmt: skip
+], ids=["preset", "Config", "Training", "hidden_size", "patch_size"])
 def test_wrong_settings_are_named(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
@@ -574,7 +580,7 @@ GREY = np.zeros((12, 1, 8, 8), np.uint8)
     (np.zeros((12, 3, 8, 8), np.uint8), np.zeros(12, np.int64), "uint8 (3, 8, 8), but the model reads uint8 (1, 8, 8)"),
     (np.zeros((12, 8, 8), np.uint8), np.zeros(12, np.int64), "uint8 (8, 8), but the model reads"),
     (GREY.astype(np.float32), np.zeros(12, np.int64), "float32 (1, 8, 8), but the model reads uint8"),
-])  # fmt: skip
+])
 def test_data_that_do_not_fit_the_model_are_refused(tmp_path, run, images, labels, message):
     folder = write_set(tmp_path / "set", images, labels)
     with pytest.raises(ValueError, match=re.escape(message)) as e:
@@ -623,7 +629,7 @@ def test_a_folder_that_holds_another_run_is_left_alone(run, left):
     ({}, {"lr": 1e-3}, "lr 0.01 (now 0.001)"),
     ({}, {"seed": 1}, "seed 0 (now 1)"),
     ({}, {"batch_size": 16}, "batch_size 8 (now 16)"),
-])  # fmt: skip
+])
 def test_a_checkpoint_of_another_configuration_is_refused_by_name(run, config, training, named):
     train(CONFIG, replace(run, steps=1))
     before = contents(run.out)

@@ -101,7 +101,7 @@ def side_margin(z, z_prime, gamma, router, router_prime, difference_router):
     """The smallest of the three margins that one token of Q (with Q'), or of K (with K'), has. z, z_prime (D,)."""
     z_t, zp_t = (power(a, gamma[choose(a, r)]) for a, r in ((z, router), (z_prime, router_prime)))
     return min(top2_margin(z, router), top2_margin(z_prime, router_prime),
-               top2_margin(np.concatenate([z_t, zp_t]), difference_router))  # fmt: skip
+               top2_margin(np.concatenate([z_t, zp_t]), difference_router))
 
 
 def random_op_inputs(
@@ -133,10 +133,10 @@ def random_op_inputs(
             for _ in range(1000):
                 z[b, i], z_prime[b, i] = draw(i < dead), draw(False)
                 if side_margin(z[b, i], z_prime[b, i], gamma, kernel_routers[s], kernel_routers[s + 2],
-                               difference_routers[s]) >= margin:  # fmt: skip
+                               difference_routers[s]) >= margin:
                     break
             else:
                 raise ValueError(f"no token with a margin of {margin} in 1000 draws")
     arrays = {"q": q, "k": k, "q_prime": q_prime, "k_prime": k_prime, "v": rng.normal(size=(B, N, D)), "gamma": gamma,
-              "lam": lam, "kernel_routers": kernel_routers, "difference_routers": difference_routers}  # fmt: skip
+              "lam": lam, "kernel_routers": kernel_routers, "difference_routers": difference_routers}
     return {name: torch.tensor(z).to(dtype) for name, z in arrays.items()}

@@ -1,0 +1,265 @@
+// The loops of cpu_kernels.h. Each is compiled three times, for AVX-512, AVX2 and the baseline, and the loader picks one
+// when the extension is imported. No torch header may be included here: an inline function of theirs, compiled for
+// AVX-512, could be the copy that the linker keeps for everybody.
+#include "cpu_kernels.h"
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define DISPATCH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DISPATCH
+#endif
+
+namespace dydilit {
+
+template <class T>
+DISPATCH void Rows<T>::phi(int64_t rows, int64_t D, const T* z, int64_t ldz, const T* gamma, T* y, int64_t ldy, T* u,
+                           T* l, int64_t ldu, PhiRow<T>* stats) {
+  for (int64_t i = 0; i < rows; i++, z += ldz, y += ldy, u += ldu, l += ldu) {
+    T m = 0;  // m = max r
+#pragma omp simd reduction(max : m)
+    for (int64_t j = 0; j < D; j++) m = z[j] > m ? z[j] : m;
+    const T inv_m = reciprocal(m), g = gamma[i];
+#pragma omp simd
+    for (int64_t j = 0; j < D; j++) l[j] = log2_of(y[j] = relu(z[j]) * inv_m);  // t = r / m, kept in y
+    T tt = 0, pp = 0;
+#pragma omp simd reduction(+ : tt, pp)
+    for (int64_t j = 0; j < D; j++) {  // not in the loop above: a core overlaps short chains of operations better
+      const T t = y[j], p = t * (u[j] = power_less_one(t, l[j], g));  // p = t^gamma
+      y[j] = p;
+      tt += t * t;
+      pp += p * p;
+    }
+    stats[i] = {m, std::sqrt(tt), std::sqrt(pp)};
+    const T scale = stats[i].scale();
+    for (int64_t j = 0; j < D; j++) y[j] *= scale;  // y = (m s / n) p
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::phi_backward(int64_t rows, int64_t D, const T* z, int64_t ldz, const T* gamma,
+                                    const PhiRow<T>* stats, const T* u, const T* l, const T* dy, int64_t ldy, T* dz,
+                                    int64_t lddz, T* dgamma) {
+  for (int64_t i = 0; i < rows; i++, z += ldz, u += ldy, l += ldy, dy += ldy, dz += lddz) {
+    const T inv_m = reciprocal(stats[i].m);
+    T a = 0, b = 0, h = 0;
+#pragma omp simd reduction(+ : a, b, h)
+    for (int64_t j = 0; j < D; j++) {
+      const T p = relu(z[j]) * inv_m * u[j], pl = p * l[j];
+      a += dy[j] * p;   // a = <G, p>
+      b += dy[j] * pl;  // b = <G, p log2 t>
+      h += p * pl;      // h = <p, p log2 t>
+    }
+    const PhiRowBackward<T> row(stats[i], gamma[i], a, b, h);
+    dgamma[i] = row.dgamma;
+#pragma omp simd
+    for (int64_t j = 0; j < D; j++) dz[j] = row.dz(dy[j], relu(z[j]) * inv_m, u[j]);
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::choose(int64_t rows, int64_t n, const T* logits, const T* values, int32_t* index, T* chosen) {
+  for (int64_t i = 0; i < rows; i++, logits += n) {
+    int32_t best = 0;
+    for (int32_t j = 1; j < n; j++) best = logits[j] > logits[best] ? j : best;
+    index[i] = best;
+    chosen[i] = values[best];  // times the gate, which is 1
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::choose_backward(int64_t rows, int64_t n, const T* logits, const T* values, const int32_t* index,
+                                       const T* dchosen, T* dvalues, T* dlogits, T* dlogits_t) {
+  for (int64_t i = 0; i < rows; i++, logits += n, dlogits += n) {
+    const int32_t best = index[i];
+    const T max = logits[best], dgate = dchosen[i] * values[best];
+    dvalues[best] += dchosen[i];
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += dlogits[j] = softmax_numerator(logits[j], max);
+    for (int64_t j = 0; j < n; j++) {
+      dlogits[j] = dlogit(dgate, j == best, dlogits[j] / sum);
+      dlogits_t[j * rows + i] = dlogits[j];
+    }
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::difference(int64_t rows, int64_t D, const T* pair, const T* lam, T* d) {
+  for (int64_t i = 0; i < rows; i++, pair += 2 * D, d += D)
+    for (int64_t j = 0; j < D; j++) d[j] = pair[j] - lam[i] * pair[D + j];
+}
+
+template <class T>
+DISPATCH void Rows<T>::difference_backward(int64_t rows, int64_t D, const T* pair, const T* lam, const T* dd, T* dpair,
+                                           T* dlam) {
+  for (int64_t i = 0; i < rows; i++, pair += 2 * D, dd += D, dpair += 2 * D) {
+    T dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < D; j++) {
+      dpair[j] = dd[j];
+      dpair[D + j] = -lam[i] * dd[j];
+      dot += dd[j] * pair[D + j];
+    }
+    dlam[i] = -dot;
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::sum_keys(int64_t rows, int64_t D, const T* dk, T* k_sum) {
+  for (int64_t j = 0; j <= D; j++) k_sum[j] = 0;
+  for (int64_t i = 0; i < rows; i++, dk += D) {
+    T square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t j = 0; j < D; j++) {
+      k_sum[j] += dk[j];
+      square += dk[j] * dk[j];
+    }
+    k_sum[D] += std::sqrt(square);
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::sum_keys_backward(int64_t rows, int64_t D, const T* dk, const T* c, T* ddk) {
+  for (int64_t i = 0; i < rows; i++, dk += D, ddk += D) {
+    T square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t j = 0; j < D; j++) square += dk[j] * dk[j];
+    const T of_dk = square > 0 ? c[D] / std::sqrt(square) : T(0);  // |0| has gradient 0
+    for (int64_t j = 0; j < D; j++) ddk[j] += c[j] + of_dk * dk[j];
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::denominator(int64_t rows, int64_t D, const T* dq, const T* k_sum, T eps, T* den) {
+  for (int64_t i = 0; i < rows; i++, dq += D) {
+    T dot = 0, square = 0;
+#pragma omp simd reduction(+ : dot, square)
+    for (int64_t j = 0; j < D; j++) {
+      dot += dq[j] * k_sum[j];
+      square += dq[j] * dq[j];
+    }
+    den[i] = Guard<T>(dot, std::sqrt(square), k_sum[D], eps).den;
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::denominator_backward(int64_t rows, int64_t D, const T* dq, const T* k_sum, T eps, T* ddq, T* c) {
+  for (int64_t i = 0; i < rows; i++, dq += D, ddq += D) {
+    T dot = 0, square = 0, along = 0;
+#pragma omp simd reduction(+ : dot, square, along)
+    for (int64_t j = 0; j < D; j++) {
+      dot += dq[j] * k_sum[j];
+      square += dq[j] * dq[j];
+      along += ddq[j] * dq[j];
+    }
+    const T norm = std::sqrt(square);
+    const Guard<T> guard(dot, norm, k_sum[D], eps);
+    const T inv = 1 / guard.den;
+    const T dden = -along * inv * inv;  // out = num / den, num linear in Dq: dden = -<dnum, num> / den = -<ddq, Dq> / den
+    if (guard.open) {                   // den = Dq . k_sum + eps
+      for (int64_t j = 0; j < D; j++) {
+        ddq[j] = inv * ddq[j] + dden * k_sum[j];
+        c[j] += dden * dq[j];
+      }
+    } else {  // den = 1e-3 |Dq| sum |Dk| + eps
+      const T of_dq = norm > 0 ? T(1e-3) * dden * k_sum[D] / norm : T(0);
+      for (int64_t j = 0; j < D; j++) ddq[j] = inv * ddq[j] + of_dq * dq[j];
+      c[D] += T(1e-3) * dden * norm;
+    }
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::divide(int64_t rows, int64_t D, const T* x, int64_t ldx, const T* den, T* y, int64_t ldy) {
+  for (int64_t i = 0; i < rows; i++, x += ldx, y += ldy) {
+    const T inv = den ? 1 / den[i] : T(1);
+#pragma omp simd
+    for (int64_t j = 0; j < D; j++) y[j] = x[j] * inv;
+  }
+}
+
+template <class T>
+DISPATCH void Rows<T>::transpose(int64_t rows, int64_t D, const T* x, int64_t ldx, const T* den, T* y, int64_t ldy) {
+  for (int64_t j = 0; j < D; j++)  // a cache line of x serves the next columns too
+#pragma omp simd
+    for (int64_t i = 0; i < rows; i++) y[j * ldy + i] = den ? x[i * ldx + j] / den[i] : x[i * ldx + j];
+}
+
+template <class T>
+DISPATCH void Rows<T>::add(int64_t n, const T* x, T* y) {
+  for (int64_t j = 0; j < n; j++) y[j] += x[j];
+}
+
+template <class T>
+DISPATCH void Rows<T>::gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C,
+                            int64_t ldc, bool accumulate) {
+  for (int64_t i = 0; i < M; i++, A += lda, C += ldc) {
+    for (int64_t j = 0; j < N && !accumulate; j++) C[j] = 0;
+    for (int64_t k = 0; k < K; k++) {
+      const T a = A[k], *row = B + k * ldb;
+#pragma omp simd
+      for (int64_t j = 0; j < N; j++) C[j] += a * row[j];
+    }
+  }
+}
+
+template struct Rows<float>;
+template struct Rows<double>;
+
+static inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+static inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+DISPATCH void widen_bfloat16(int64_t rows, int64_t D, const uint16_t* x, int64_t ldx, float* y) {
+  for (int64_t i = 0; i < rows; i++, x += ldx, y += D)
+    for (int64_t j = 0; j < D; j++) y[j] = float_of(uint32_t(x[j]) << 16);
+}
+
+DISPATCH void narrow_bfloat16(int64_t rows, int64_t D, const float* x, int64_t ldx, uint16_t* y) {
+  for (int64_t i = 0; i < rows; i++, x += ldx, y += D)
+    for (int64_t j = 0; j < D; j++) {
+      const uint32_t bits = bits_of(x[j]);
+      y[j] = uint16_t(x[j] != x[j] ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+DISPATCH void widen_float16(int64_t rows, int64_t D, const uint16_t* x, int64_t ldx, float* y) {
+  for (int64_t i = 0; i < rows; i++, x += ldx, y += D)
+    for (int64_t j = 0; j < D; j++) {
+      const uint32_t magnitude = (x[j] & 0x7fffu) << 13;  // exponent bias 15 instead of 127: 2^112 too small
+      const float finite = float_of(magnitude) * 0x1p112f;
+      const uint32_t bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : bits_of(finite);
+      y[j] = float_of(bits | (x[j] & 0x8000u) << 16);
+    }
+}
+
+DISPATCH void narrow_float16(int64_t rows, int64_t D, const float* x, int64_t ldx, uint16_t* y) {
+  for (int64_t i = 0; i < rows; i++, x += ldx, y += D)
+    for (int64_t j = 0; j < D; j++) {
+      const uint32_t bits = bits_of(x[j]), magnitude = bits & 0x7fffffffu;
+      const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+      const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;  // 0.5 has the spacing 2^-24
+      const uint32_t beyond = magnitude > 0x7f800000u ? 0x7e00 : 0x7c00;             // NaN, infinity
+      const uint32_t half = magnitude >= 0x477ff000u ? beyond : magnitude < 0x38800000u ? subnormal : normal;
+      y[j] = uint16_t(half | (bits >> 16 & 0x8000u));
+    }
+}
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target("arch=x86-64-v4"))) static const char* isa() { return "x86-64-v4 (AVX-512)"; }
+__attribute__((target("arch=x86-64-v3"))) static const char* isa() { return "x86-64-v3 (AVX2)"; }
+__attribute__((target("default"))) static const char* isa() { return "x86-64"; }
+#else
+static const char* isa() { return "the compiler's default"; }
+#endif
+const char* cpu_isa() { return isa(); }
+
+}  // namespace dydilit

@@ -1,0 +1,916 @@
+// The kernels of cuda_kernels.cuh. Two layouts:
+//
+// Tiles (features, features_backward): a block owns 8 tokens of one side (Q and Q', or K and K'), with all columns.
+//   Lane 4 g + t of every warp works on token g; the warp owns GROUPS * 32 columns, the lane those at 8 t .. 8 t + 7 of
+//   each 32. The tensor core wants its operands so: a row goes from memory through registers into the router products
+//   and on into the power. Sums over a row run over 4 lanes, then over the warps through shared memory.
+// Rows (the denominator): a warp owns a row, a lane the columns 8 lane .. 8 lane + 7 of each 256.
+//
+// Sums are taken in an order that depends on the shape alone and no atomic is used: the same bits on every run.
+#include "cuda_kernels.cuh"
+
+#include "cuda_mma.cuh"
+#include "phi.h"
+
+namespace dydilit::cuda {
+namespace {
+
+constexpr int TILE = 8;           // tokens of a block, and of a fragment
+constexpr int MAX_THREADS = 384;  // of a tile: up to 168 registers each
+constexpr unsigned ALL = 0xffffffffu;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+            const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0) return;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // an error is left for the caller's launch check
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Eight neighbouring elements, from and to memory, as float32. `vector`: they start at a multiple of 16 bytes.
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
+__device__ __forceinline__ void from_float(float x, __half& y) { y = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+
+template <class T>
+struct alignas(16) Eight {
+  T x[8];
+};
+
+// x = row[first .. first + 7], 0 from column D on
+template <class T>
+__device__ __forceinline__ void load(const T* row, int first, int D, bool vector, float* x) {
+  if (vector && first < D) {
+    const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(row + first);
+#pragma unroll
+    for (int e = 0; e < 8; e++) x[e] = to_float(eight.x[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; e++) x[e] = first + e < D ? to_float(row[first + e]) : 0.0f;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store(T* row, int first, int D, bool vector, const float* x) {
+  Eight<T> eight;
+#pragma unroll
+  for (int e = 0; e < 8; e++) from_float(x[e], eight.x[e]);
+  if (vector && first < D) {
+    *reinterpret_cast<Eight<T>*>(row + first) = eight;
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+      if (first + e < D) row[first + e] = eight.x[e];
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Router products. A float32 number is the sum of PARTS bfloat16 numbers, each the rounding of what is left.
+
+template <int PARTS>
+__device__ __forceinline__ void split(float x, __nv_bfloat16 (&part)[PARTS]) {
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) {
+    part[i] = __float2bfloat16_rn(x);
+    x -= __bfloat162float(part[i]);
+  }
+}
+
+__device__ __forceinline__ uint32_t pack(__nv_bfloat16 low, __nv_bfloat16 high) {
+  return uint32_t(__bfloat16_as_ushort(low)) | uint32_t(__bfloat16_as_ushort(high)) << 16;
+}
+
+// Four numbers as PARTS pairs of words
+template <int PARTS>
+__device__ __forceinline__ void split4(float x0, float x1, float x2, float x3, uint2 (&out)[PARTS]) {
+  __nv_bfloat16 a[PARTS], b[PARTS], c[PARTS], d[PARTS];
+  split(x0, a), split(x1, b), split(x2, c), split(x3, d);
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) out[i] = make_uint2(pack(a[i], b[i]), pack(c[i], d[i]));
+}
+
+constexpr int groups_per_warp(int D) { return D <= 768 ? 2 : 4; }
+int warps_of(int D) { return int(ceil_div(D, 32 * groups_per_warp(D))); }
+int groups_of(int D) { return warps_of(D) * groups_per_warp(D); }
+
+// Where a router's fragments lie: (router, part, tile of 16 choices, group of 32 columns, half, lane), a uint4 each
+struct FragmentOrder {
+  int tiles, groups, parts;
+  __host__ __device__ int64_t part_stride() const { return int64_t(tiles) * groups * 64; }
+  __host__ __device__ int64_t at(int router, int tile, int group, int lane) const {
+    return router * parts * part_stride() + (int64_t(tile) * groups + group) * 64 + lane;
+  }
+};
+
+// One thread per lane of a fragment; g = lane / 4, t = lane % 4.
+// Not transposed: half h is a matrix A = R^T (16 choices x 16 columns), its columns in the order in which the tile
+//   layout holds them: 2t, 2t+1, 2t+8, 2t+9 of the fragment are columns 8t + 4h, .. + 1, .. + 2, .. + 3 of the group.
+// Transposed: half h is two matrices B = R^T (16 choices x 8 columns), i = 2h and 2h + 1. Column g of B becomes column
+//   g of the product, which lane t = g / 2 of each token owns: column 8 (g / 2) + 2i + g % 2 of the group.
+__global__ void split_routers_kernel(const float* routers, int D, int n, FragmentOrder order, bool transposed,
+                                     int64_t count, uint4* fragments) {
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (thread >= count) return;
+  const int lane = thread % 32, half = thread / 32 % 2, group = thread / 64 % order.groups;
+  const int tile = thread / 64 / order.groups % order.tiles, router = int(thread / order.part_stride());
+  const int g = lane / 4, t = lane % 4;
+  float x[8];
+#pragma unroll
+  for (int e = 0; e < 8; e++) {
+    const int word = e / 2, low = e % 2;
+    const int choice = 16 * tile + 8 * (word % 2) + (transposed ? 2 * t + low : g);
+    const int column = 32 * group + 4 * half + 2 * (word / 2) + (transposed ? 8 * (g / 2) + g % 2 : 8 * t + low);
+    x[e] = choice < n && column < D ? routers[(int64_t(router) * D + column) * n + choice] : 0.0f;
+  }
+  for (int part = 0; part < order.parts; part++) {
+    uint32_t word[4];
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+      __nv_bfloat16 low[1], high[1];
+      split(x[2 * w], low), split(x[2 * w + 1], high);
+      x[2 * w] -= __bfloat162float(low[0]), x[2 * w + 1] -= __bfloat162float(high[0]);
+      word[w] = pack(low[0], high[0]);
+    }
+    fragments[order.at(router, tile, group, 32 * half + lane) + part * order.part_stride()] =
+        make_uint4(word[0], word[1], word[2], word[3]);
+  }
+}
+
+// logits (16 choices x 8 tokens, one fragment C) += R^T x over the columns of this warp; products of parts i, j with
+// i + j < P are taken, the others are below the rounding. `fragment`: part 0 of this tile, group and lane.
+template <int P, int X_PARTS, int COLUMNS>
+__device__ __forceinline__ void add_logits(float (&logits)[4], const uint4* fragment, int64_t part_stride,
+                                           const float (&x)[COLUMNS]) {
+#pragma unroll
+  for (int group = 0; group < COLUMNS / 8; group++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      uint2 b[X_PARTS];
+      const float* four = x + 8 * group + 4 * half;
+      split4(four[0], four[1], four[2], four[3], b);
+#pragma unroll
+      for (int i = 0; i < P; i++) {
+        const uint4 a = fragment[i * part_stride + 64 * group + 32 * half];
+#pragma unroll
+        for (int j = 0; j < X_PARTS && i + j < P; j++) mma(logits, a, b[j]);
+      }
+    }
+}
+
+// dx (8 tokens x this warp's columns) += dlogits R^T. Of the 16 rows of matrix A, 0 .. 7 hold the first part of
+// dlogits, 8 .. 15 the second; C[g] + C[g + 8] is then the product with both. dlogits: of this lane's token, 0 from n
+// to padded(n).
+template <int P, int COLUMNS>
+__device__ __forceinline__ void add_dlogits(float (&dx)[COLUMNS], const uint4* fragment,
+                                            const FragmentOrder& order, const float* dlogits, int t) {
+#pragma unroll 1
+  for (int tile = 0; tile < order.tiles; tile++, fragment += order.groups * 64, dlogits += 16) {
+    uint2 part[P];
+    split4(dlogits[2 * t], dlogits[2 * t + 1], dlogits[2 * t + 8], dlogits[2 * t + 9], part);
+    const uint4 a = make_uint4(part[0].x, part[1].x, part[0].y, part[1].y);
+#pragma unroll
+    for (int group = 0; group < COLUMNS / 8; group++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float* four = dx + 8 * group + 4 * half;
+        float c0[4] = {four[0], four[1], 0, 0}, c1[4] = {four[2], four[3], 0, 0};
+#pragma unroll
+        for (int i = 0; i < P; i++) {
+          const uint4 b = fragment[i * order.part_stride() + 64 * group + 32 * half];
+          mma(c0, a, make_uint2(b.x, b.y));
+          mma(c1, a, make_uint2(b.z, b.w));
+          if (P == 3 && i == 0) {  // the third part meets the first alone
+            const uint4 last = make_uint4(part[P - 1].x, 0, part[P - 1].y, 0);
+            mma(c0, last, make_uint2(b.x, b.y));
+            mma(c1, last, make_uint2(b.z, b.w));
+          }
+        }
+        four[0] = c0[0] + c0[2], four[1] = c0[1] + c0[3], four[2] = c1[0] + c1[2], four[3] = c1[1] + c1[3];
+      }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles.
+
+// Where a thread stands in its tile
+template <int GROUPS>
+struct Place {
+  int warp, warps, lane, g, t;
+  __device__ Place()
+      : warp(threadIdx.x / 32), warps(blockDim.x / 32), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4) {}
+  __device__ int column(int group) const { return 32 * (warp * GROUPS + group) + 8 * t; }
+};
+
+// One of Q, K, Q', K' (an index that is known at run time only would move the array into memory)
+template <class X>
+__device__ __forceinline__ X of(const X (&four)[4], int side, int prime) {
+  return prime ? (side ? four[3] : four[2]) : (side ? four[1] : four[0]);
+}
+
+// x = its sum over the row, in every thread of the token. buffer: (warps, 8, K), free again after two more barriers
+template <int K, int GROUPS>
+__device__ __forceinline__ void row_sum(float (&x)[K], float* buffer, const Place<GROUPS>& at) {
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    x[k] += __shfl_xor_sync(ALL, x[k], 1);
+    x[k] += __shfl_xor_sync(ALL, x[k], 2);
+    if (at.t == 0) buffer[(at.warp * TILE + at.g) * K + k] = x[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    x[k] = 0;
+#pragma unroll 1
+    for (int w = 0; w < at.warps; w++) x[k] += buffer[(w * TILE + at.g) * K + k];
+  }
+}
+
+template <int K, int GROUPS>
+__device__ __forceinline__ void row_max(float (&x)[K], float* buffer, const Place<GROUPS>& at) {
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    x[k] = fmaxf(x[k], __shfl_xor_sync(ALL, x[k], 1));
+    x[k] = fmaxf(x[k], __shfl_xor_sync(ALL, x[k], 2));
+    if (at.t == 0) buffer[(at.warp * TILE + at.g) * K + k] = x[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; k++)
+#pragma unroll 1
+    for (int w = 0; w < at.warps; w++) x[k] = fmaxf(x[k], buffer[(w * TILE + at.g) * K + k]);
+}
+
+// arg max, the lowest index in a tie
+__device__ __forceinline__ int choose(const float* logits, int n) {
+  int best = 0;
+#pragma unroll 1
+  for (int j = 1; j < n; j++) best = logits[j] > logits[best] ? j : best;
+  return best;
+}
+
+// Shared memory of a tile, in floats: two buffers of row sums, the logits of the three routers that a token meets, a
+// row each (one more than padded: the 8 tokens then lie in different banks), and the logits of each warp's columns
+struct Shared {
+  int warps, stride_F, stride_D;
+  __host__ __device__ Shared(int warps, int n_F, int n_D)
+      : warps(warps), stride_F(padded(n_F) + 1), stride_D(padded(n_D) + 1) {}
+  __host__ __device__ int sums() const { return 0; }                              // (warps, 8, 4)
+  __host__ __device__ int sums2() const { return warps * TILE * 4; }              // (warps, 8, 2)
+  __host__ __device__ int maxima() const { return warps * TILE * 6; }             // (warps, 8, 2)
+  __host__ __device__ int kernel(int prime) const { return warps * TILE * 8 + prime * TILE * stride_F; }
+  __host__ __device__ int difference() const { return kernel(2); }
+  __host__ __device__ int partial() const { return difference() + TILE * stride_D; }  // (2, warps, 16, 8): forward only
+};
+
+// What a warp found for 16 choices x 8 tokens, to `partial` (warps, 16, 8)
+template <int GROUPS>
+__device__ __forceinline__ void put_partial(const float (&logits)[4], float* partial, const Place<GROUPS>& at) {
+  float* mine = partial + (at.warp * 16 + at.g) * TILE + 2 * at.t;
+  mine[0] = logits[0], mine[1] = logits[1];
+  mine[8 * TILE] = logits[2], mine[8 * TILE + 1] = logits[3];
+}
+
+// ... and its sum over the warps: to `list` (8, stride) and to out (rows, n), from row `first` on
+__device__ __forceinline__ void sum_partial(const float* partial, int warps, int tile, int n, float* list, int stride,
+                                            int64_t first, int64_t rows, float* out) {
+  for (int e = threadIdx.x; e < 16 * TILE; e += blockDim.x) {
+    const int choice = 16 * tile + e / TILE, token = e % TILE;
+    float sum = 0;
+    for (int w = 0; w < warps; w++) sum += partial[w * 16 * TILE + e];
+    if (choice >= n) continue;
+    list[token * stride + choice] = sum;
+    if (first + token < rows) out[(first + token) * n + choice] = sum;
+  }
+}
+
+// Grid (ceil(rows / 8), 2): blockIdx.y = 0 for Q and Q', 1 for K and K'. Block: 32 threads for every 64 (or 128)
+// columns. Each row is read once; nothing is recomputed or accumulated in memory. Shared memory: Shared, at most 40 KB.
+template <class T, int GROUPS>
+__global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, float* kernel_logits,
+                                                               float* difference_logits, typename Core<T>::type* dq,
+                                                               typename Core<T>::type* dk) {
+  constexpr int P = parts<T>;
+  extern __shared__ float shared[];
+  const Place<GROUPS> at;
+  const Shared memory(at.warps, in.n_F, in.n_D);
+  const int side = blockIdx.y, D = in.D;
+  const int64_t first = int64_t(blockIdx.x) * TILE, row = first + at.g;
+  const int width = row < in.rows ? D : 0;  // a token beyond the last is a row of zeros
+  const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P}, of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
+
+  float z[2][8 * GROUPS];  // z and z', later t and t', p and p', z~ and z~'
+#pragma unroll
+  for (int prime = 0; prime < 2; prime++)
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+      const Tokens<T> tokens = of(in.z, side, prime);
+      load(tokens.data + (width ? row : 0) * tokens.ld, at.column(group), width, in.vector, z[prime] + 8 * group);
+    }
+
+  for (int tile = 0; tile < of_F.tiles; tile++) {  // logits = z R_F, z' R_F' (Eq. 6)
+#pragma unroll
+    for (int prime = 0; prime < 2; prime++) {
+      float logits[4] = {0, 0, 0, 0};
+      const int64_t fragment = of_F.at(side + 2 * prime, tile, at.warp * GROUPS, at.lane);
+      add_logits<P, token_parts<T>>(logits, in.kernel_routers + fragment, of_F.part_stride(), z[prime]);
+      put_partial(logits, shared + memory.partial() + prime * at.warps * 16 * TILE, at);
+    }
+    __syncthreads();
+    for (int prime = 0; prime < 2; prime++)
+      sum_partial(shared + memory.partial() + prime * at.warps * 16 * TILE, at.warps, tile, in.n_F,
+                  shared + memory.kernel(prime), memory.stride_F, first, in.rows,
+                  kernel_logits + (side + 2 * prime) * in.rows * in.n_F);
+    __syncthreads();
+  }
+
+  float m[2] = {0, 0}, sums[4] = {0, 0, 0, 0};  // m = max r; tt, pp, tt', pp'
+#pragma unroll
+  for (int prime = 0; prime < 2; prime++)
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) m[prime] = fmaxf(m[prime], z[prime][i]);
+  row_max(m, shared + memory.maxima(), at);
+#pragma unroll
+  for (int prime = 0; prime < 2; prime++) {
+    const float gamma = in.gamma[choose(shared + memory.kernel(prime) + at.g * memory.stride_F, in.n_F)];
+    const float inv_m = reciprocal(m[prime]);
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) {
+      const float t = relu(z[prime][i]) * inv_m;               // t = r / m
+      z[prime][i] = t * power_less_one(t, log2_of(t), gamma);  // p = t^gamma
+      sums[2 * prime] += t * t;
+      sums[2 * prime + 1] += z[prime][i] * z[prime][i];
+    }
+  }
+  row_sum(sums, shared + memory.sums(), at);
+#pragma unroll
+  for (int prime = 0; prime < 2; prime++) {
+    const float scale = PhiRow<float>{m[prime], sqrtf(sums[2 * prime]), sqrtf(sums[2 * prime + 1])}.scale();
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) z[prime][i] *= scale;  // z~ = (m s / n) p (Eq. 5)
+  }
+
+  for (int tile = 0; tile < of_D.tiles; tile++) {  // logits = [z~, z~'] R_D (Eq. 7)
+    float logits[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int prime = 0; prime < 2; prime++) {
+      const int64_t fragment = of_D.at(2 * side + prime, tile, at.warp * GROUPS, at.lane);
+      add_logits<P, P>(logits, in.difference_routers + fragment, of_D.part_stride(), z[prime]);
+    }
+    put_partial(logits, shared + memory.partial(), at);
+    __syncthreads();
+    sum_partial(shared + memory.partial(), at.warps, tile, in.n_D, shared + memory.difference(), memory.stride_D, first,
+                in.rows, difference_logits + side * in.rows * in.n_D);
+    __syncthreads();
+  }
+
+  const float lam = in.lam[choose(shared + memory.difference() + at.g * memory.stride_D, in.n_D)];
+#pragma unroll
+  for (int i = 0; i < 8 * GROUPS; i++) z[0][i] -= lam * z[1][i];  // d = z~ - lambda z~' (Eq. 8)
+#pragma unroll
+  for (int group = 0; group < GROUPS; group++)
+    store((side ? dk : dq) + (width ? row : 0) * D, at.column(group), width, in.vector, z[0] + 8 * group);
+}
+
+// The gate's backward for the 8 tokens of a tile, by one warp: logits -> dlogits in `list` (this lane's token), and, as
+// dlogit_parts numbers each, to out (this lane's token, or null). See dlogit in phi.h.
+template <class S>
+__device__ __forceinline__ void gate_backward(float* list, int n, int best, float dgate, S* out, int t) {
+  const int columns = padded(n);
+  const float max = list[best];
+  float sum = 0;
+#pragma unroll 1
+  for (int j = t; j < n; j += 4) sum += softmax_numerator(list[j], max);
+  sum += __shfl_xor_sync(ALL, sum, 1);
+  sum += __shfl_xor_sync(ALL, sum, 2);
+  __syncwarp();  // every lane has read list[best]
+#pragma unroll 1
+  for (int j = t; j < columns; j += 4) {
+    float d = j < n ? dlogit(dgate, j == best, softmax_numerator(list[j], max) / sum) : 0.0f;
+    list[j] = d;
+    if (out == nullptr) continue;
+#pragma unroll
+    for (int part = 0; part < dlogit_parts<S>; part++) {
+      from_float(d, out[part * columns + j]);
+      d -= to_float(out[part * columns + j]);
+    }
+  }
+}
+
+// Grid and block as in features_kernel. z and z' are read again and their powers recomputed: first those of z', because
+// the difference router's gradient, which z needs too, depends on them; dDq (dDk) is read for both. Every output
+// element is written once by its owner. Shared memory: Shared without `partial`, at most 28 KB.
+template <class T, int GROUPS>
+__global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features<T> in, FeatureGradients<T> grad) {
+  using S = typename Core<T>::type;
+  constexpr int P = parts<T>;
+  extern __shared__ float shared[];
+  const Place<GROUPS> at;
+  const Shared memory(at.warps, in.n_F, in.n_D);
+  const int side = blockIdx.y, D = in.D;
+  const int64_t first = int64_t(blockIdx.x) * TILE, row = first + at.g, rows = in.rows;
+  const int width = row < rows ? D : 0;
+  const int64_t safe_row = width ? row : 0;  // an address that exists
+  const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P}, of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
+
+#pragma unroll 1
+  for (int router = 0; router < 3; router++) {  // the three logits of the tile's tokens: rows that follow each other
+    const int n = router < 2 ? in.n_F : in.n_D;
+    const float* from = router < 2 ? grad.kernel_logits + (side + 2 * router) * rows * n
+                                   : grad.difference_logits + side * rows * n;
+    float* list = shared + (router < 2 ? memory.kernel(router) : memory.difference());
+#pragma unroll 1
+    for (int e = threadIdx.x; e < TILE * n; e += blockDim.x)
+      list[e / n * (router < 2 ? memory.stride_F : memory.stride_D) + e % n] =
+          first + e / n < rows ? from[first * n + e] : 0.0f;
+  }
+  __syncthreads();
+  float* of_difference = shared + memory.difference() + at.g * memory.stride_D;
+  const int best_D = choose(of_difference, in.n_D);
+  const float lam = in.lam[best_D];
+
+#pragma unroll  // rolled up, it keeps addresses for the next round in registers, and spills
+  for (int prime = 1; prime >= 0; prime--) {
+    const int router = side + 2 * prime;
+    float* of_kernel = shared + memory.kernel(prime) + at.g * memory.stride_F;
+    const int best_F = choose(of_kernel, in.n_F);
+    const float gamma = in.gamma[best_F];
+    const Tokens<T> tokens = of(in.z, side, prime);
+    float t[8 * GROUPS], u[8 * GROUPS], l[8 * GROUPS], g[8 * GROUPS];  // g = dz~ = G of phi.h, later dz
+    float m[1] = {0}, sums[4] = {0, 0, 0, 0};                       // tt, pp, h = <p, p l>, <dd, p>
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+      load(tokens.data + safe_row * tokens.ld, at.column(group), width, in.vector, t + 8 * group);
+      load((side ? grad.ddk : grad.ddq) + safe_row * D, at.column(group), width, in.vector, g + 8 * group);
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) m[0] = fmaxf(m[0], t[i]);
+    row_max(m, shared + memory.maxima(), at);
+    const float inv_m = reciprocal(m[0]);
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) {
+      t[i] = relu(t[i]) * inv_m;
+      l[i] = log2_of(t[i]);
+      u[i] = power_less_one(t[i], l[i], gamma);
+      const float p = t[i] * u[i];  // p = t^gamma
+      sums[0] += t[i] * t[i];
+      sums[1] += p * p;
+      sums[2] += p * (p * l[i]);
+      sums[3] += g[i] * p;
+    }
+    row_sum(sums, shared + memory.sums(), at);
+    const PhiRow<float> stats{m[0], sqrtf(sums[0]), sqrtf(sums[1])};
+
+    if (prime) {
+      const float dlam = -stats.scale() * sums[3];  // dlambda = -<dd, z~'>
+      if (at.warp == 0) {
+        if (grad.router_grad)
+          gate_backward(of_difference, in.n_D, best_D, dlam * lam,
+                        width ? grad.difference_dlogits + (side * rows + row) * dlogit_parts<S> * padded(in.n_D)
+                              : nullptr, at.t);
+        if (at.t == 0 && width) {
+          grad.dchosen[(4 + side) * rows + row] = dlam;
+          grad.index[(4 + side) * rows + row] = best_D;
+        }
+      }
+    }
+    __syncthreads();
+    if (grad.router_grad) {
+      S* pair = grad.pair + (side * rows + safe_row) * 2 * D + prime * D;
+#pragma unroll
+      for (int group = 0; group < GROUPS; group++) {
+        float y[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++) y[e] = stats.scale() * (t[8 * group + e] * u[8 * group + e]);
+        store(pair, at.column(group), width, in.vector, y);
+      }
+    }
+    float ab[2] = {0, 0};  // a = <G, p>, b = <G, p l>
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) g[i] *= prime ? -lam : 1.0f;  // dz~ = dd, dz~' = -lambda dd
+    if (grad.router_grad)                                              // ... += dlogits R_D^T
+      add_dlogits<P>(g, in.difference_routers + of_D.at(2 * side + prime, 0, at.warp * GROUPS, at.lane), of_D,
+                     of_difference, at.t);
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) {
+      const float gp = g[i] * (t[i] * u[i]);
+      ab[0] += gp;
+      ab[1] += gp * l[i];
+    }
+    row_sum(ab, shared + memory.sums2(), at);
+    const PhiRowBackward<float> back(stats, gamma, ab[0], ab[1], sums[2]);
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) g[i] = back.dz(g[i], t[i], u[i]);
+
+    if (at.warp == 0) {
+      if (grad.router_grad)
+        gate_backward(of_kernel, in.n_F, best_F, back.dgamma * gamma,
+                      width ? grad.kernel_dlogits + (router * rows + row) * dlogit_parts<S> * padded(in.n_F) : nullptr,
+                      at.t);
+      if (at.t == 0 && width) {
+        grad.dchosen[router * rows + row] = back.dgamma;
+        grad.index[router * rows + row] = best_F;
+      }
+    }
+    __syncthreads();
+    if (grad.router_grad)  // dz += dlogits R_F^T
+      add_dlogits<P>(g, in.kernel_routers + of_F.at(router, 0, at.warp * GROUPS, at.lane), of_F, of_kernel, at.t);
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++)
+      store(of(grad.dz, side, prime) + safe_row * D, at.column(group), width, in.vector, g + 8 * group);
+  }
+}
+
+// Grid (BIN_BLOCKS), block 256. Warp w of all walks every so manieth 32 elements; lane j keeps the sums of choices
+// j, j + 32, ... and meets the elements in their order. partial (BIN_BLOCKS * 8, n).
+constexpr int BIN_BLOCKS = 64, WARPS = 8, BINS_PER_LANE = MAX_CHOICES / 32;
+
+__global__ void __launch_bounds__(32 * WARPS) bin_sums_kernel(int64_t count, int n, const int* index,
+                                                              const float* values, float* partial) {
+  const int lane = threadIdx.x % 32;
+  const int64_t warp = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+  float sums[BINS_PER_LANE] = {};
+  for (int64_t first = 32 * warp; first < count; first += 32 * BIN_BLOCKS * WARPS) {
+    const bool inside = first + lane < count;
+    const int choice = inside ? index[first + lane] : -1;
+    const float value = inside ? values[first + lane] : 0.0f;
+    for (int source = 0; source < 32; source++) {
+      const int this_choice = __shfl_sync(ALL, choice, source);
+      const float this_value = __shfl_sync(ALL, value, source);
+#pragma unroll
+      for (int k = 0; k < BINS_PER_LANE; k++)
+        if (32 * k < n && this_choice == 32 * k + lane) sums[k] += this_value;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < BINS_PER_LANE; k++)
+    if (32 * k + lane < n) partial[warp * n + 32 * k + lane] = sums[k];
+}
+
+// sums (B, width) = the sum over `splits` of partial (B, splits, width). Grid (B, ceil(width / 256)), one thread a
+// column
+__global__ void sum_partials_kernel(int splits, int width, const float* partial, float* sums) {
+  const int j = blockIdx.y * blockDim.x + threadIdx.x;
+  if (j >= width) return;
+  partial += int64_t(blockIdx.x) * splits * width + j;
+  float sum = 0;
+  for (int split = 0; split < splits; split++) sum += partial[int64_t(split) * width];
+  sums[int64_t(blockIdx.x) * width + j] = sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rows. Grid (ceil(rows / 8)), block 256 = 8 warps, a row each; CHUNKS * 256 columns at most.
+
+template <int K>
+__device__ __forceinline__ void warp_sum(float (&x)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; k++)
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x[k] += __shfl_xor_sync(ALL, x[k], lanes);
+}
+
+template <class T, int COLUMNS>
+__device__ __forceinline__ void load_row(const T* row, int D, bool vector, float (&x)[COLUMNS]) {
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 8; i++) load(row, 8 * int(threadIdx.x % 32) + 256 * i, D, vector, x + 8 * i);
+}
+
+template <class T, int COLUMNS>
+__device__ __forceinline__ void store_row(T* row, int D, bool vector, const float (&x)[COLUMNS]) {
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 8; i++) store(row, 8 * int(threadIdx.x % 32) + 256 * i, D, vector, x + 8 * i);
+}
+
+template <int COLUMNS>
+__device__ __forceinline__ float dot(const float (&x)[COLUMNS], const float (&y)[COLUMNS]) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) sum += x[i] * y[i];
+  return sum;
+}
+
+template <int COLUMNS>
+__device__ __forceinline__ void add_scaled(float scale, const float (&x)[COLUMNS], float (&y)[COLUMNS]) {
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) y[i] += scale * x[i];
+}
+
+// What the 8 warps of a block found, columns and one more number, added up in their order; to out (D + 1).
+// total: shared, D + 1 floats
+template <int COLUMNS>
+__device__ __forceinline__ void block_total(const float (&columns)[COLUMNS], float last, int D, float* total,
+                                            float* out) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int w = 0; w < WARPS; w++) {
+    if (warp == w) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; i++) {
+        const int j = 8 * lane + i / 8 * 256 + i % 8;
+        if (j < D) total[j] = (w ? total[j] : 0.0f) + columns[i];
+      }
+      if (lane == 0) total[D] = (w ? total[D] : 0.0f) + last;
+    }
+    __syncthreads();
+  }
+  for (int j = threadIdx.x; j <= D; j += blockDim.x) out[j] = total[j];
+}
+
+// Grid (B, ceil(N / SPLIT)): a block owns SPLIT rows of one image, warp w of it rows w, w + 8, ...; shared D + 1
+// floats. partial (B, splits, D + 1) = their sum, followed by the sum of their norms
+template <class S, int CHUNKS>
+__global__ void __launch_bounds__(32 * WARPS, 2) sum_keys_kernel(int N, int D, const S* dk, float* partial) {
+  extern __shared__ float shared[];
+  const int64_t image = blockIdx.x;
+  const int split = blockIdx.y, splits = gridDim.y, end = min(N, (split + 1) * SPLIT);
+  float columns[8 * CHUNKS] = {}, norms = 0;
+#pragma unroll 2
+  for (int i = split * SPLIT + int(threadIdx.x / 32); i < end; i += WARPS) {
+    float x[8 * CHUNKS];
+    load_row(dk + (image * N + i) * D, D, D % 8 == 0, x);
+    float square[1] = {dot(x, x)};
+    warp_sum(square);
+    add_scaled(1.0f, x, columns);
+    norms += sqrtf(square[0]);
+  }
+  block_total(columns, norms, D, shared, partial + (image * splits + split) * (D + 1));
+}
+
+// In place: ddk += c + c_norm Dk / |Dk|
+template <class S, int CHUNKS>
+__global__ void __launch_bounds__(32 * WARPS) sum_keys_backward_kernel(int64_t rows, int N, int D, const S* dk,
+                                                                       const float* c, S* ddk) {
+  const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+  if (row >= rows) return;
+  c += row / N * (D + 1);
+  const bool vector = D % 8 == 0;
+  float x[8 * CHUNKS], y[8 * CHUNKS], gradient[8 * CHUNKS];
+  load_row(dk + row * D, D, vector, x);
+  load_row(ddk + row * D, D, vector, gradient);
+  load_row(c, D, false, y);
+  float square[1] = {dot(x, x)};
+  warp_sum(square);
+  add_scaled(1.0f, y, gradient);
+  add_scaled(square[0] > 0 ? c[D] / sqrtf(square[0]) : 0.0f, x, gradient);  // |0| has gradient 0
+  store_row(ddk + row * D, D, vector, gradient);
+}
+
+// den = the guarded denominator of Dq (Eq. 4); in place: out /= den
+template <class S, int CHUNKS>
+__global__ void __launch_bounds__(32 * WARPS) denominator_kernel(int64_t rows, int N, int D, const S* dq,
+                                                                 const float* k_sum, float eps, float* den, S* out) {
+  const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+  if (row >= rows) return;
+  k_sum += row / N * (D + 1);
+  const bool vector = D % 8 == 0;
+  float q[8 * CHUNKS], k[8 * CHUNKS], y[8 * CHUNKS], result[8 * CHUNKS] = {};
+  load_row(dq + row * D, D, vector, q);
+  load_row(out + row * D, D, vector, y);
+  load_row(k_sum, D, false, k);
+  float sums[2] = {dot(q, k), dot(q, q)};
+  warp_sum(sums);
+  const Guard<float> guard(sums[0], sqrtf(sums[1]), k_sum[D], eps);
+  if (threadIdx.x % 32 == 0) den[row] = guard.den;
+  add_scaled(1 / guard.den, y, result);
+  store_row(out + row * D, D, vector, result);
+}
+
+// y = x / den
+template <class S, int CHUNKS>
+__global__ void __launch_bounds__(32 * WARPS) divide_kernel(int64_t rows, int D, const S* x, const float* den, S* y) {
+  const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
+  if (row >= rows) return;
+  const bool vector = D % 8 == 0;
+  float from[8 * CHUNKS], result[8 * CHUNKS] = {};
+  load_row(x + row * D, D, vector, from);
+  add_scaled(1 / den[row], from, result);
+  store_row(y + row * D, D, vector, result);
+}
+
+// Grid, rows and shared memory as in sum_keys_kernel. out = num / den and num is linear in Dq, so
+// dden = -<dnum, num> / den = -<ddq, Dq> / den with ddq as it is on entry, the gradient through num.
+// In place: ddq += what den adds; partial (B, splits, D + 1) = the gradient of k_sum.
+template <class S, int CHUNKS>
+__global__ void __launch_bounds__(32 * WARPS) denominator_backward_kernel(int N, int D, const S* dq, const float* k_sum,
+                                                                          float eps, S* ddq, float* partial) {
+  extern __shared__ float shared[];
+  const int64_t image = blockIdx.x;
+  const int split = blockIdx.y, splits = gridDim.y, end = min(N, (split + 1) * SPLIT);
+  const bool vector = D % 8 == 0;
+  k_sum += image * (D + 1);
+  float c[8 * CHUNKS] = {}, c_norm = 0;
+  for (int i = split * SPLIT + int(threadIdx.x / 32); i < end; i += WARPS) {
+    float q[8 * CHUNKS], k[8 * CHUNKS], gradient[8 * CHUNKS];
+    load_row(dq + (image * N + i) * D, D, vector, q);
+    load_row(ddq + (image * N + i) * D, D, vector, gradient);
+    load_row(k_sum, D, false, k);
+    float sums[3] = {dot(q, k), dot(q, q), dot(gradient, q)};
+    warp_sum(sums);
+    const float norm = sqrtf(sums[1]);
+    const Guard<float> guard(sums[0], norm, k_sum[D], eps);
+    const float dden = -sums[2] / guard.den;
+    if (guard.open) {  // den = Dq . k_sum + eps
+      add_scaled(dden, k, gradient);
+      add_scaled(dden, q, c);
+    } else {  // den = 1e-3 |Dq| sum |Dk| + eps
+      add_scaled(norm > 0 ? 1e-3f * dden * k_sum[D] / norm : 0.0f, q, gradient);
+      c_norm += 1e-3f * dden * norm;
+    }
+    store_row(ddq + (image * N + i) * D, D, vector, gradient);
+  }
+  block_total(c, c_norm, D, shared, partial + (image * splits + split) * (D + 1));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Counting sort of tokens by route, stable. A block owns SORT tokens, a thread one.
+
+constexpr int SORT = 1024;
+
+// How many tokens of this block with the same route come before this thread's (route -1: a thread without a token).
+// shared (33, n): in row w, how many of each route there are in the warps before w; in the last, in all of them.
+__device__ __forceinline__ int rank_in_block(int route, int n, int* shared) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int before = 0;
+  for (int j = 0; j < n; j++) {
+    const unsigned same = __ballot_sync(ALL, route == j);
+    if (route == j) before = __popc(same & ((1u << lane) - 1));
+    if (lane == 0) shared[warp * n + j] = __popc(same);
+  }
+  __syncthreads();
+  if (int(threadIdx.x) < n) {
+    int sum = 0;
+    for (int w = 0; w < SORT / 32; w++) {
+      const int count = shared[w * n + threadIdx.x];
+      shared[w * n + threadIdx.x] = sum;
+      sum += count;
+    }
+    shared[SORT / 32 * n + threadIdx.x] = sum;
+  }
+  __syncthreads();
+  return route < 0 ? 0 : before + shared[warp * n + route];
+}
+
+// counts (blocks, n) = how many tokens of each route a block has
+__global__ void __launch_bounds__(SORT) route_count_kernel(int64_t rows, int n, const int64_t* index, int* counts) {
+  extern __shared__ int counters[];
+  const int64_t row = int64_t(blockIdx.x) * SORT + threadIdx.x;
+  rank_in_block(row < rows ? int(index[row]) : -1, n, counters);
+  if (int(threadIdx.x) < n) counts[int64_t(blockIdx.x) * n + threadIdx.x] = counters[SORT / 32 * n + threadIdx.x];
+}
+
+// One block, warp j for route j. In place: counts becomes where the tokens of a block with a route go; offsets (n)
+__global__ void route_scan_kernel(int blocks, int n, int* counts, int* offsets) {
+  extern __shared__ int totals[];
+  const int route = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int total = 0;
+  for (int first = 0; first < blocks; first += 32) {  // the sum over the blocks before, within the route
+    const int block = first + lane, count = block < blocks ? counts[int64_t(block) * n + route] : 0;
+    int end = count;
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const int below = __shfl_up_sync(ALL, end, lanes);
+      if (lane >= lanes) end += below;
+    }
+    if (block < blocks) counts[int64_t(block) * n + route] = total + end - count;
+    total += __shfl_sync(ALL, end, 31);
+  }
+  if (lane == 0) totals[route] = total;
+  __syncthreads();
+  int start = 0;
+  for (int before = 0; before < route; before++) start += totals[before];
+  for (int block = lane; block < blocks; block += 32) counts[int64_t(block) * n + route] += start;
+  if (lane == 0) offsets[route] = start + total;
+}
+
+// order[where it goes] = row
+__global__ void __launch_bounds__(SORT) route_scatter_kernel(int64_t rows, int n, const int64_t* index,
+                                                             const int* counts, int64_t* order) {
+  extern __shared__ int counters[];
+  const int64_t row = int64_t(blockIdx.x) * SORT + threadIdx.x;
+  const int route = row < rows ? int(index[row]) : -1;
+  const int rank = rank_in_block(route, n, counters);
+  if (route >= 0) order[counts[int64_t(blockIdx.x) * n + route] + rank] = row;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches.
+
+int64_t fragments(int D, int n, int parts) {
+  return 4 * parts * FragmentOrder{padded(n) / 16, groups_of(D), parts}.part_stride();
+}
+
+void split_routers(const float* routers, int D, int n, int parts, bool transposed, uint4* fragments,
+                   cudaStream_t stream) {
+  const FragmentOrder order{padded(n) / 16, groups_of(D), parts};
+  const int64_t count = 4 * order.part_stride();
+  launch(split_routers_kernel, dim3(unsigned(ceil_div(count, 256))), 256, 0, stream, routers, D, n, order, transposed,
+         count, fragments);
+}
+
+template <class T>
+void features(const Features<T>& in, float* kernel_logits, float* difference_logits, typename Core<T>::type* dq,
+              typename Core<T>::type* dk, cudaStream_t stream) {
+  const int warps = warps_of(in.D);
+  const size_t shared = (Shared(warps, in.n_F, in.n_D).partial() + 2 * warps * 16 * TILE) * sizeof(float);
+  const auto kernel = groups_per_warp(in.D) == 2 ? features_kernel<T, 2> : features_kernel<T, 4>;
+  launch(kernel, dim3(unsigned(ceil_div(in.rows, TILE)), 2), 32 * warps, shared, stream, in, kernel_logits,
+         difference_logits, dq, dk);
+}
+
+template <class T>
+void features_backward(const Features<T>& in, const FeatureGradients<T>& grad, cudaStream_t stream) {
+  const int warps = warps_of(in.D);
+  const size_t shared = Shared(warps, in.n_F, in.n_D).partial() * sizeof(float);
+  const auto kernel = groups_per_warp(in.D) == 2 ? features_backward_kernel<T, 2> : features_backward_kernel<T, 4>;
+  launch(kernel, dim3(unsigned(ceil_div(in.rows, TILE)), 2), 32 * warps, shared, stream, in, grad);
+}
+
+int bin_sums_partial(int n) { return BIN_BLOCKS * WARPS * n; }
+
+static void sum_partials(int B, int splits, int width, const float* partial, float* sums, cudaStream_t stream) {
+  launch(sum_partials_kernel, dim3(unsigned(B), unsigned(ceil_div(width, 256))), 256, 0, stream, splits, width, partial,
+         sums);
+}
+
+void bin_sums(int64_t count, int n, const int* index, const float* values, float* partial, float* sums,
+              cudaStream_t stream) {
+  launch(bin_sums_kernel, dim3(BIN_BLOCKS), 32 * WARPS, 0, stream, count, n, index, values, partial);
+  sum_partials(1, BIN_BLOCKS * WARPS, n, partial, sums, stream);
+}
+
+template <class S>
+void Rows<S>::sum_keys(int B, int N, int D, const S* dk, float* partial, float* k_sum, cudaStream_t stream) {
+  const int splits = int(ceil_div(N, SPLIT));
+  const auto kernel = D <= 512 ? sum_keys_kernel<S, 2> : D <= 1024 ? sum_keys_kernel<S, 4> : sum_keys_kernel<S, 6>;
+  launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream, N, D, dk, partial);
+  sum_partials(B, splits, D + 1, partial, k_sum, stream);
+}
+
+template <class S>
+void Rows<S>::sum_keys_backward(int B, int N, int D, const S* dk, const float* c, S* ddk, cudaStream_t stream) {
+  const int64_t rows = int64_t(B) * N;
+  const auto kernel = D <= 512    ? sum_keys_backward_kernel<S, 2>
+                      : D <= 1024 ? sum_keys_backward_kernel<S, 4>
+                                  : sum_keys_backward_kernel<S, 6>;
+  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, N, D, dk, c, ddk);
+}
+
+template <class S>
+void Rows<S>::denominator(int B, int N, int D, const S* dq, const float* k_sum, float eps, float* den, S* out,
+                          cudaStream_t stream) {
+  const int64_t rows = int64_t(B) * N;
+  const auto kernel = D <= 512    ? denominator_kernel<S, 2>
+                      : D <= 1024 ? denominator_kernel<S, 4>
+                                  : denominator_kernel<S, 6>;
+  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, N, D, dq, k_sum, eps, den, out);
+}
+
+template <class S>
+void Rows<S>::divide(int B, int N, int D, const S* x, const float* den, S* y, cudaStream_t stream) {
+  const int64_t rows = int64_t(B) * N;
+  const auto kernel = D <= 512 ? divide_kernel<S, 2> : D <= 1024 ? divide_kernel<S, 4> : divide_kernel<S, 6>;
+  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, D, x, den, y);
+}
+
+template <class S>
+void Rows<S>::denominator_backward(int B, int N, int D, const S* dq, const float* k_sum, float eps, S* ddq,
+                                   float* partial, float* c, cudaStream_t stream) {
+  const int splits = int(ceil_div(N, SPLIT));
+  const auto kernel = D <= 512    ? denominator_backward_kernel<S, 2>
+                      : D <= 1024 ? denominator_backward_kernel<S, 4>
+                                  : denominator_backward_kernel<S, 6>;
+  launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream, N, D, dq, k_sum, eps,
+         ddq, partial);
+  sum_partials(B, splits, D + 1, partial, c, stream);
+}
+
+void route_sort(int64_t rows, int n, const int64_t* index, int* counts, int64_t* order, int* offsets,
+                cudaStream_t stream) {
+  const dim3 blocks(unsigned(ceil_div(rows, SORT)));
+  const size_t shared = (SORT / 32 + 1) * n * sizeof(int);
+  launch(route_count_kernel, blocks, SORT, shared, stream, rows, n, index, counts);
+  launch(route_scan_kernel, dim3(1), 32 * n, n * sizeof(int), stream, int(blocks.x), n, counts, offsets);
+  launch(route_scatter_kernel, blocks, SORT, shared, stream, rows, n, index, counts, order);
+}
+
+#define INSTANTIATE(T)                                                                                         \
+  template void features<T>(const Features<T>&, float*, float*, Core<T>::type*, Core<T>::type*, cudaStream_t); \
+  template void features_backward<T>(const Features<T>&, const FeatureGradients<T>&, cudaStream_t);
+INSTANTIATE(float)
+INSTANTIATE(__half)
+INSTANTIATE(__nv_bfloat16)
+template struct Rows<float>;
+template struct Rows<__nv_bfloat16>;
+
+}  // namespace dydilit::cuda

@@ -1,0 +1,268 @@
+// The operators on CUDA: memory, the matrix products (cuBLAS, through ATen) and the order of the calls. The mathematics
+// is in cuda_kernels.cu and phi.h, its derivation in NOTES.md. Nothing here waits for the device or reads from it.
+//
+// Unlike the CPU, which keeps dq, dk and attn in float32, they are bfloat16 where q is: `Core` in cuda_kernels.cuh.
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "cuda_kernels.cuh"
+#include "ops.h"
+
+namespace dydilit {
+namespace {
+
+template <class T> constexpr auto dtype_of = at::kFloat;
+template <> constexpr auto dtype_of<__nv_bfloat16> = at::kBFloat16;
+
+// f(T()) for the element type of q
+template <class F>
+auto dispatch(at::ScalarType dtype, F f) {
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+              "the fused op on CUDA takes float32, bfloat16 or float16, got ", dtype, "; backend='reference' takes it");
+  return dtype == at::kFloat ? f(float()) : dtype == at::kHalf ? f(__half()) : f(__nv_bfloat16());
+}
+
+template <class S>
+S* pointer(const Tensor& x) { return static_cast<S*>(x.mutable_data_ptr()); }
+
+template <class S>
+const S* const_pointer(const Tensor& x) { return static_cast<const S*>(x.const_data_ptr()); }
+
+bool aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+
+// x itself if its rows are evenly spaced, as those of one part of a joint projection are; else a copy
+Tensor even_rows(const Tensor& x) {
+  const bool even = x.stride(2) == 1 && x.stride(1) >= x.size(2) && x.stride(0) == x.size(1) * x.stride(1);
+  return even ? x : x.contiguous();
+}
+
+// x contiguous, of this dtype, and starting at a multiple of 16 bytes
+Tensor dense(const Tensor& x, at::ScalarType dtype) {
+  const Tensor y = x.to(dtype).contiguous();
+  return aligned(y) ? y : y.clone();
+}
+
+// The current device and stream, and products without autocast
+struct Environment {
+  c10::cuda::CUDAGuard device;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  cudaStream_t stream;
+  explicit Environment(const Tensor& q) : device(q.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+};
+
+// What both directions hand to the row kernels, and the tensors that own it
+template <class T>
+struct Inputs {
+  Tensor z[4], gamma, lam, kernel_fragments, difference_fragments;
+  cuda::Features<T> features;
+
+  Inputs(const Shape& s, const Tensor& q, const Tensor& k, const Tensor& q_prime, const Tensor& k_prime,
+         const Tensor& gamma_, const Tensor& lam_, const Tensor& kernel_routers, const Tensor& difference_routers,
+         bool transposed, cudaStream_t stream)
+      : z{even_rows(q), even_rows(k), even_rows(q_prime), even_rows(k_prime)},
+        gamma(gamma_.contiguous()),
+        lam(lam_.contiguous()),
+        kernel_fragments(split(kernel_routers, s.D, s.n_F, transposed, stream)),
+        difference_fragments(split(difference_routers, s.D, s.n_D, transposed, stream)) {
+    features = {s.B * s.N, int(s.D), int(s.n_F), int(s.n_D), s.D % 8 == 0, {}, const_pointer<float>(gamma),
+                const_pointer<float>(lam), const_pointer<uint4>(kernel_fragments),
+                const_pointer<uint4>(difference_fragments)};
+    for (int i = 0; i < 4; i++) {
+      features.z[i] = {const_pointer<T>(z[i]), z[i].stride(1)};
+      features.vector = features.vector && aligned(z[i]) && z[i].stride(1) * sizeof(T) % 16 == 0;
+    }
+  }
+
+  static Tensor split(const Tensor& routers, int64_t D, int64_t n, bool transposed, cudaStream_t stream) {
+    const int64_t elements = cuda::fragments(int(D), int(n), cuda::parts<T>);
+    Tensor fragments = at::empty({elements, 16}, routers.options().dtype(at::kByte));
+    const Tensor from = routers.contiguous();
+    cuda::split_routers(const_pointer<float>(from), int(D), int(n), cuda::parts<T>, transposed,
+                        pointer<uint4>(fragments), stream);
+    return fragments;
+  }
+};
+
+// Scratch of the sums over the rows of every image
+Tensor partial_sums(const Shape& s, const at::TensorOptions& wide) {
+  return at::empty({s.B, (s.N + cuda::SPLIT - 1) / cuda::SPLIT, s.D + 1}, wide);
+}
+
+template <class T>
+Forward forward(const Shape& s, const Inputs<T>& inputs, const Tensor& v_, bool normalize, float eps,
+                cudaStream_t stream) {
+  using S = typename cuda::Core<T>::type;
+  const int B = int(s.B), N = int(s.N), D = int(s.D);
+  const auto wide = v_.options().dtype(at::kFloat), core = v_.options().dtype(dtype_of<S>);
+  Tensor kernel_logits = at::empty({4, B, N, s.n_F}, wide), difference_logits = at::empty({2, B, N, s.n_D}, wide);
+  Tensor dq = at::empty({B, N, D}, core), dk = at::empty({B, N, D}, core);
+  cuda::features(inputs.features, pointer<float>(kernel_logits), pointer<float>(difference_logits), pointer<S>(dq),
+                 pointer<S>(dk), stream);
+
+  const Tensor v = even_rows(v_).to(dtype_of<S>);
+  const Tensor attn = s.tokens_first ? at::bmm(dq, dk.mT()) : at::bmm(dk.mT(), v);
+  Tensor out = s.tokens_first ? at::bmm(attn, v) : at::bmm(dq, attn);  // (Dq Dk^T) V or Dq (Dk^T V) (Eq. 8)
+
+  Tensor k_sum = at::empty({normalize ? B : 0, D + 1}, wide), den = at::empty({normalize ? B : 0, N}, wide);
+  if (normalize) {  // out / den (Eq. 4)
+    Tensor partial = partial_sums(s, wide);
+    cuda::Rows<S>::sum_keys(B, N, D, const_pointer<S>(dk), pointer<float>(partial), pointer<float>(k_sum), stream);
+    cuda::Rows<S>::denominator(B, N, D, const_pointer<S>(dq), const_pointer<float>(k_sum), eps, pointer<float>(den),
+                               pointer<S>(out), stream);
+  }
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {out.to(v_.scalar_type()), dq, dk, attn, kernel_logits, difference_logits, k_sum, den};
+}
+
+// sum over the tokens of x (rows, width) times dlogits (rows, L): (width, L) float32. A product of few columns and very
+// many rows would keep few multiprocessors busy: 1024 rows at a time, then their sum.
+Tensor over_tokens(const Tensor& x, const Tensor& dlogits) {
+  const int64_t rows = x.size(0), chunks = rows % 1024 == 0 ? rows / 1024 : 1;
+  const Tensor a = x.unflatten(0, {chunks, -1}).mT(), b = dlogits.unflatten(0, {chunks, -1});
+  return (x.scalar_type() == at::kFloat ? at::bmm(a, b) : at::bmm(a, b, at::kFloat)).sum(0);
+}
+
+// dR (width, n) from dlogits (rows, parts * padded(n)): the parts of each number together, without the padding
+template <class S>
+Tensor router_gradient(const Tensor& x, const Tensor& dlogits, int64_t n) {
+  if (x.size(0) == 0) return at::zeros({x.size(1), n}, x.options().dtype(at::kFloat));
+  return over_tokens(x, dlogits).unflatten(1, {cuda::dlogit_parts<S>, -1}).sum(1).narrow(1, 0, n);
+}
+
+template <class T>
+Backward backward(const Shape& s, const Inputs<T>& inputs, const Tensor& dout_, const Tensor& v_, bool normalize,
+                  bool router_grad, float eps, const Tensor& dq_, const Tensor& dk_, const Tensor& attn,
+                  const Tensor& kernel_logits, const Tensor& difference_logits, const Tensor& k_sum, const Tensor& den,
+                  cudaStream_t stream) {
+  using S = typename cuda::Core<T>::type;
+  const int B = int(s.B), N = int(s.N), D = int(s.D);
+  const int64_t rows = s.B * s.N;
+  const auto wide = v_.options().dtype(at::kFloat), core = v_.options().dtype(dtype_of<S>);
+  const Tensor dq = dense(dq_, dtype_of<S>), dk = dense(dk_, dtype_of<S>), v = even_rows(v_).to(dtype_of<S>);
+
+  Tensor dnum = dense(dout_, dtype_of<S>);  // gradient of the numerator
+  if (normalize) {
+    const Tensor dout = dnum;
+    dnum = at::empty({B, N, D}, core);
+    cuda::Rows<S>::divide(B, N, D, const_pointer<S>(dout), const_pointer<float>(den), pointer<S>(dnum), stream);
+  }
+  Tensor ddq, ddk, dv;
+  if (s.tokens_first) {  // num = A V, A = Dq Dk^T
+    const Tensor dattn = at::bmm(dnum, v.mT());
+    ddq = at::bmm(dattn, dk);
+    ddk = at::bmm(dattn.mT(), dq);
+    dv = at::bmm(attn.mT(), dnum);
+  } else {  // num = Dq S, S = Dk^T V
+    const Tensor dattn = at::bmm(dq.mT(), dnum);
+    ddq = at::bmm(dnum, attn.mT());
+    ddk = at::bmm(v, dattn.mT());
+    dv = at::bmm(dk, dattn);
+  }
+  if (normalize) {
+    Tensor partial = partial_sums(s, wide), c = at::empty({B, D + 1}, wide);
+    cuda::Rows<S>::denominator_backward(B, N, D, const_pointer<S>(dq), const_pointer<float>(k_sum), eps,
+                                        pointer<S>(ddq), pointer<float>(partial), pointer<float>(c), stream);
+    cuda::Rows<S>::sum_keys_backward(B, N, D, const_pointer<S>(dk), const_pointer<float>(c), pointer<S>(ddk), stream);
+  }
+
+  const int64_t kept = router_grad ? rows : 0;  // rows of what only the routers' gradients need
+  const int64_t F = cuda::dlogit_parts<S> * cuda::padded(int(s.n_F));
+  const int64_t L = cuda::dlogit_parts<S> * cuda::padded(int(s.n_D));
+  Tensor dz[4], dchosen = at::empty({6, rows}, wide), index = at::empty({6, rows}, wide.dtype(at::kInt));
+  for (Tensor& x : dz) x = at::empty({B, N, D}, v_.options());
+  Tensor pair = at::empty({2, kept, 2 * D}, core);
+  Tensor kernel_dlogits = at::empty({4, kept, F}, core), difference_dlogits = at::empty({2, kept, L}, core);
+  cuda::FeatureGradients<T> gradients{const_pointer<float>(kernel_logits), const_pointer<float>(difference_logits),
+                                      const_pointer<S>(ddq), const_pointer<S>(ddk), router_grad,
+                                      {pointer<T>(dz[0]), pointer<T>(dz[1]), pointer<T>(dz[2]), pointer<T>(dz[3])},
+                                      pointer<float>(dchosen), pointer<int>(index), pointer<S>(pair),
+                                      pointer<S>(kernel_dlogits), pointer<S>(difference_dlogits)};
+  cuda::features_backward(inputs.features, gradients, stream);
+
+  Tensor dgamma = at::empty({s.n_F}, wide), dlam = at::empty({s.n_D}, wide);
+  Tensor partial = at::empty({cuda::bin_sums_partial(int(std::max(s.n_F, s.n_D)))}, wide);
+  cuda::bin_sums(4 * rows, int(s.n_F), const_pointer<int>(index), const_pointer<float>(dchosen),
+                 pointer<float>(partial), pointer<float>(dgamma), stream);
+  cuda::bin_sums(2 * rows, int(s.n_D), const_pointer<int>(index) + 4 * rows, const_pointer<float>(dchosen) + 4 * rows,
+                 pointer<float>(partial), pointer<float>(dlam), stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+
+  Tensor dkernel_routers = at::zeros({4, D, s.n_F}, wide), ddifference_routers = at::zeros({2, 2 * D, s.n_D}, wide);
+  for (int i = 0; i < 4 && router_grad; i++) {
+    const Tensor z = inputs.z[i].as_strided({rows, D}, {inputs.z[i].stride(1), 1}).to(dtype_of<S>);
+    dkernel_routers[i].copy_(router_gradient<S>(z, kernel_dlogits[i], s.n_F));
+  }
+  for (int i = 0; i < 2 && router_grad; i++)
+    ddifference_routers[i].copy_(router_gradient<S>(pair[i], difference_dlogits[i], s.n_D));
+  return {dz[0], dz[1], dz[2], dz[3], dv.to(v_.scalar_type()), dgamma, dlam, dkernel_routers, ddifference_routers};
+}
+
+Shape check_limits(const Shape& s) {
+  TORCH_CHECK(s.D <= cuda::MAX_WIDTH, "the fused op on CUDA takes D up to ", cuda::MAX_WIDTH, ", got ", s.D);
+  TORCH_CHECK(s.n_F <= cuda::MAX_CHOICES && s.n_D <= cuda::MAX_CHOICES, "the fused op on CUDA takes up to ",
+              cuda::MAX_CHOICES, " gammas and lambdas, got ", s.n_F, " and ", s.n_D);
+  return s;
+}
+
+Forward attention_fwd(const Tensor& q, const Tensor& k, const Tensor& q_prime, const Tensor& k_prime, const Tensor& v,
+                      const Tensor& gamma, const Tensor& lam, const Tensor& kernel_routers,
+                      const Tensor& difference_routers, bool normalize, bool /*router_grad*/, double eps) {
+  const Shape s = check(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers);
+  return dispatch(q.scalar_type(), [&](auto type) {
+    check_limits(s);
+    const Environment here(q);
+    const Inputs<decltype(type)> inputs(s, q, k, q_prime, k_prime, gamma, lam, kernel_routers, difference_routers,
+                                        false, here.stream);
+    return forward(s, inputs, v, normalize, float(eps), here.stream);
+  });
+}
+
+Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& q_prime,
+                       const Tensor& k_prime, const Tensor& v, const Tensor& gamma, const Tensor& lam,
+                       const Tensor& kernel_routers, const Tensor& difference_routers, bool normalize,
+                       bool router_grad, double eps, const Tensor& dq, const Tensor& dk, const Tensor& attn,
+                       const Tensor& kernel_logits, const Tensor& difference_logits, const Tensor& k_sum,
+                       const Tensor& den) {
+  const Shape s = check(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers);
+  return dispatch(q.scalar_type(), [&](auto type) {
+    check_limits(s);
+    const Environment here(q);
+    const Inputs<decltype(type)> inputs(s, q, k, q_prime, k_prime, gamma, lam, kernel_routers, difference_routers,
+                                        true, here.stream);
+    return backward(s, inputs, dout, v, normalize, router_grad, float(eps), dq, dk, attn, kernel_logits.contiguous(),
+                    difference_logits.contiguous(), k_sum.contiguous(), den.contiguous(), here.stream);
+  });
+}
+
+std::tuple<Tensor, Tensor> route_sort(const Tensor& index, int64_t n) {
+  TORCH_CHECK(index.dim() == 1 && index.scalar_type() == at::kLong, "index must be (M,) int64, got ", index.sizes(),
+              " ", index.scalar_type());
+  TORCH_CHECK(n >= 1 && n <= 32, "route_sort takes 1 to 32 routes, got ", n);
+  const Environment here(index);
+  const Tensor from = index.contiguous();
+  Tensor order = at::empty_like(from), offsets = at::empty({n}, from.options().dtype(at::kInt));
+  Tensor counts = at::empty({from.numel() / 1024 + 1, n}, offsets.options());
+  cuda::route_sort(from.numel(), int(n), const_pointer<int64_t>(from), pointer<int>(counts), pointer<int64_t>(order),
+                   pointer<int>(offsets), here.stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {order, offsets};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dydilit, m) {
+  // The tokens 0 .. M - 1 ordered by index (M,), 0 <= index < n, those of one route in their order; and where each
+  // route's tokens end: (M,) int64, (n,) int32, as torch.nn.functional.grouped_mm takes them
+  m.def("route_sort(Tensor index, int n) -> (Tensor order, Tensor offsets)");
+}
+
+TORCH_LIBRARY_IMPL(dydilit, CUDA, m) {
+  m.impl("attention_fwd", &attention_fwd);
+  m.impl("attention_bwd", &attention_bwd);
+  m.impl("route_sort", &route_sort);
+}
+
+}  // namespace dydilit

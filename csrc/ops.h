@@ -1,0 +1,37 @@
+// What the bindings of every device share: the shape of a call, and the checks of its arguments.
+#pragma once
+#include <ATen/OpMathType.h>
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace dydilit {
+
+using at::Tensor;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Shape {
+  int64_t B, N, D, n_F, n_D;
+  bool tokens_first;  // (Dq Dk^T) V, else Dq (Dk^T V): the order with fewer multiply-adds
+};
+
+inline Shape check(const Tensor& q, const Tensor& k, const Tensor& q_prime, const Tensor& k_prime, const Tensor& v,
+                   const Tensor& gamma, const Tensor& lam, const Tensor& kernel_routers,
+                   const Tensor& difference_routers) {
+  TORCH_CHECK(q.dim() == 3, "q must be (B, N, D), got ", q.sizes());
+  const Shape s{q.size(0), q.size(1), q.size(2), gamma.numel(), lam.numel(), q.size(1) <= q.size(2)};
+  for (const Tensor* x : {&k, &q_prime, &k_prime, &v})
+    TORCH_CHECK(x->sizes() == q.sizes() && x->scalar_type() == q.scalar_type() && x->device() == q.device(),
+                "q, k, q_prime, k_prime and v must agree in shape, dtype and device");
+  const auto wide = at::toOpMathType(q.scalar_type());
+  for (const Tensor* x : {&gamma, &lam, &kernel_routers, &difference_routers})
+    TORCH_CHECK(x->scalar_type() == wide && x->device() == q.device(), "gamma, lam and the routers must be ", wide,
+                " on q's device when q is ", q.scalar_type());
+  TORCH_CHECK(kernel_routers.sizes() == at::IntArrayRef({4, s.D, s.n_F}), "kernel_routers must be (4, D, n_F)");
+  TORCH_CHECK(difference_routers.sizes() == at::IntArrayRef({2, 2 * s.D, s.n_D}), "difference_routers must be (2, 2D, n_D)");
+  TORCH_CHECK(s.D > 0 && s.n_F > 0 && s.n_D > 0, "D, n_F and n_D must be at least 1");
+  return s;
+}
+
+}  // namespace dydilit

@@ -1,0 +1,144 @@
+// The mathematics of one element and of one row, once, for the CPU and for CUDA, in float and in double.
+// Free of torch headers. The derivation of the backward is in NOTES.md; names: dX is the gradient with respect to X.
+#pragma once
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace dydilit {
+
+constexpr double LN2 = 0.69314718055994530942;
+
+// log2 x, x > 0 a normal number; 2 ulp. Some number, not infinity, where x is 0.
+// On the host log2 and exp2 are minimax polynomials: a loop over them vectorises.
+HOST_DEVICE float log2_of(float x) {
+#ifdef __CUDA_ARCH__
+  return log2f(x < FLT_MIN ? FLT_MIN : x);
+#else
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const int32_t e = (bits - 0x3f3504f3) >> 23;  // x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
+  bits -= e * (1 << 23);
+  float f;
+  std::memcpy(&f, &bits, 4);
+  f -= 1;
+  float c = 0.125837013f;  // log2(1 + f) / f, so that the relative error stays small near x = 1
+  c = c * f - 0.207269728f;
+  c = c * f + 0.215715602f;
+  c = c * f - 0.238944829f;
+  c = c * f + 0.287916243f;
+  c = c * f - 0.360703677f;
+  c = c * f + 0.480910629f;
+  c = c * f - 0.721347332f;
+  c = c * f + 1.44269502f;
+  return float(e) + c * f;
+#endif
+}
+
+// 2^x, |x| < 2^22; 1 ulp. 0 below 2^-126, at most 2^127.
+HOST_DEVICE float exp2_of(float x) {
+#ifdef __CUDA_ARCH__
+  return exp2f(x);
+#else
+  const float shifted = x + 12582912.0f;        // 1.5 * 2^23, or 0x4b400000: the low bits hold n = round(x)
+  const float f = x - (shifted - 12582912.0f);  // x - n, in [-1/2, 1/2]
+  int32_t n;
+  std::memcpy(&n, &shifted, 4);
+  n -= 0x4b400000;
+  n = n < -127 ? -127 : n;
+  n = n > 127 ? 127 : n;
+  n = (n + 127) * (1 << 23);
+  float two_n;  // 0 for n = -127
+  std::memcpy(&two_n, &n, 4);
+  float c = 0.000153458124f;
+  c = c * f + 0.00133999309f;
+  c = c * f + 0.00961848907f;
+  c = c * f + 0.0555032864f;
+  c = c * f + 0.240226462f;
+  c = c * f + 0.693147182f;
+  c = c * f + 1.0f;
+  return c * two_n;
+#endif
+}
+
+HOST_DEVICE double log2_of(double x) { return log2(x < DBL_MIN ? DBL_MIN : x); }
+HOST_DEVICE double exp2_of(double x) { return exp2(x); }
+HOST_DEVICE float smallest(float) { return FLT_MIN; }
+HOST_DEVICE double smallest(double) { return DBL_MIN; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The kernel phi (Eq. 5) on one row z:  r = relu(z), m = max r, t = r / m, p = t^gamma, s = |t|, n = |p|,
+//   y = (|r| / |p|) p = (m s / n) p.
+
+template <class T>
+struct PhiRow {
+  T m, s, n;
+  HOST_DEVICE T scale() const { return n != 0 ? m * s / n : T(0); }  // a row without a positive entry gives 0
+};
+
+// r = relu(z); NaN stays NaN
+template <class T>
+HOST_DEVICE T relu(T z) { return z < 0 ? T(0) : z; }
+
+// 1 / m, finite for every m
+template <class T>
+HOST_DEVICE T reciprocal(T m) { return 1 / (m < smallest(m) ? smallest(m) : m); }
+
+// u = t^(gamma - 1) from l = log2 t, and 0 where t is 0; then p = t^gamma = t u
+template <class T>
+HOST_DEVICE T power_less_one(T t, T l, T gamma) {
+  const T u = exp2_of((gamma - 1) * l);
+  return t >= smallest(t) ? u : T(0);
+}
+
+// With G = dy and the row sums a = <G, p>, b = <G, p l>, h = <p, p l>:
+//   dz_j   = (s / n) gamma u_j (G_j - c p_j) + a / (n s) t_j,  c = a / n^2   (0 where z_j <= 0, for there u = t = 0)
+//   dgamma = (m s / n) ln 2 (b - c h)
+// m carries no gradient: it cancels in p / |p|.
+template <class T>
+struct PhiRowBackward {
+  T c, of_u, of_t, dgamma;
+  HOST_DEVICE PhiRowBackward(PhiRow<T> row, T gamma, T a, T b, T h) : c(0), of_u(0), of_t(0), dgamma(0) {
+    if (row.n == 0) return;  // nothing positive: all gradients are 0
+    c = a / (row.n * row.n);
+    of_u = row.s / row.n * gamma;
+    of_t = a / (row.n * row.s);
+    dgamma = row.scale() * T(LN2) * (b - c * h);
+  }
+  HOST_DEVICE T dz(T g, T t, T u) const { return of_u * u * (g - c * t * u) + of_t * t; }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The gate: the chosen value times w / stop_gradient(w), w = softmax(logits)[index]. It is exactly 1 in the forward.
+//   dlogits_j = dgate ([j = index] - softmax(logits)_j),  dgate = dvalue * value
+
+// exp(logit - max), the numerator of the softmax
+template <class T>
+HOST_DEVICE T softmax_numerator(T logit, T max) { return exp2_of((logit - max) * T(1 / LN2)); }
+
+template <class T>
+HOST_DEVICE T dlogit(T dgate, bool chosen, T softmax) { return dgate * ((chosen ? T(1) : T(0)) - softmax); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The guarded denominator (Eq. 4) of one query:  den = max(dot, floor) + eps,
+//   dot = Dq . sum_j Dk_j,  floor = 1e-3 |Dq| sum_j |Dk_j|.  The gradient flows through the one that is larger.
+
+template <class T>
+struct Guard {
+  bool open;  // dot >= floor
+  T den;
+  HOST_DEVICE Guard(T dot, T norm_q, T norms_k, T eps) {
+    const T floor = T(1e-3) * norm_q * norms_k;
+    open = dot >= floor;
+    den = (open ? dot : floor) + eps;
+  }
+};
+
+}  // namespace dydilit

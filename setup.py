@@ -1,0 +1,55 @@
+"""Builds the optional dydilit_C: `python setup.py build_ext --inplace`, or `pip install --no-build-isolation .`
+
+CPU always; CUDA where torch has it and a toolkit is found. DYDILIT_CUDA=0 leaves it out, DYDILIT_CUDA=1 insists on it.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).resolve().parent
+os.chdir(HERE)  # sources must be given relative to setup.py
+sources = ["csrc/ops.cpp", "csrc/cpu_ops.cpp", "csrc/cpu_kernels.cpp"]
+cuda_sources = ["csrc/cuda_ops.cpp", "csrc/cuda_kernels.cu"]
+
+wanted = os.environ.get("DYDILIT_CUDA", "")
+if wanted not in ("", "0", "1"):
+    raise SystemExit(f"DYDILIT_CUDA must be 0, 1 or unset, got {wanted!r}")
+lacking = [what for what, there in {
+    "CUDA sources": all((HERE / path).exists() for path in cuda_sources),
+    "a torch with CUDA": torch.version.cuda,
+    "a CUDA toolkit": cpp_extension.CUDA_HOME,
+}.items() if not there]
+if wanted == "1" and lacking:
+    raise SystemExit(f"DYDILIT_CUDA=1, but this machine lacks {', '.join(lacking)}")
+cuda = wanted != "0" and not lacking
+
+# Without -fno-math-errno and -fno-trapping-math gcc leaves the loops of cpu_kernels.cpp scalar; no result changes.
+# Without -fopenmp at::parallel_for is a plain loop.
+openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+compile_args = {"cxx": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", *openmp]}
+macros, extension_class = [], cpp_extension.CppExtension
+if cuda:
+    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    macros, extension_class = [("DYDILIT_CUDA_ARCHS", f'"{archs}"')], cpp_extension.CUDAExtension
+    compile_args["nvcc"] = ["-O3", "-lineinfo", "--threads=2"]
+    sources += cuda_sources
+
+extension = extension_class(
+    "dydilit_C", sources, include_dirs=[str(HERE / "csrc")], depends=[str(p) for p in (HERE / "csrc").glob("*.h")],
+    define_macros=macros, extra_compile_args=compile_args, extra_link_args=openmp,
+)
+
+
+class Build(cpp_extension.BuildExtension):
+    def run(self):
+        super().run()
+        why_not = "DYDILIT_CUDA=0" if wanted == "0" else f"this machine lacks {', '.join(lacking)}"
+        print(f"dydilit_C for torch {torch.__version__}: CPU, {f'CUDA {archs}' if cuda else f'no CUDA ({why_not})'}")
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})
