@@ -1,11 +1,14 @@
 # make train   digits, from nothing to samples (about ten minutes on two cores)
 # make test    every test, on the CPU
+# make bench   speed of the attention and of a training step on this machine
+# make gpu     where there is a GPU: build with CUDA, every CUDA test, the sanitizers, the benchmark; out/gpu-*.md
+#              (make gpu PYTHON=python3 takes that interpreter's torch, on a machine where nothing can be installed)
 # make lint    ruff
 # Everything runs in .venv, which `make setup` builds once from requirements.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup ext train test lint clean
+.PHONY: setup ext train test bench gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -29,6 +32,13 @@ train: setup ext
 
 test: setup ext lint
 	$(BIN)/python -m pytest
+
+bench: setup ext
+	$(BIN)/python bench.py
+	$(BIN)/python bench.py --step
+
+gpu:
+	$(if $(filter command%,$(origin PYTHON)),$(PYTHON),$(BIN)/python) gpu.py
 
 lint: setup
 	$(BIN)/ruff check .
