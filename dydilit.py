@@ -109,8 +109,7 @@ def route(z, router, router_grad=True):
     with torch.autocast(z.device.type, enabled=False):
         logits = wide(z) @ wide(router)
         index = logits.argmax(-1)
-        if not router_grad:
-            return index, logits.new_ones(*index.shape, 1)
+        if not router_grad: return index, logits.new_ones(*index.shape, 1)
         p = logits.softmax(-1).gather(-1, index.unsqueeze(-1))
         return index, p / p.detach()
 
@@ -632,7 +631,8 @@ class Data:
             raise ValueError(f"{path}: {self.images.dtype} {self.images.shape[1:]}, but the model reads uint8 {shape}")
         if len(self.labels) != len(self.images) or self.n_train < 1:
             raise ValueError(f"{path}: {len(self.images)} images, {len(self.labels)} labels, {self.n_train} to train")
-        if not 0 <= (low := self.labels.min()) <= (high := self.labels.max()) < self.null:
+        low, high = self.labels.min(), self.labels.max()
+        if low < 0 or high >= self.null:
             raise ValueError(f"{path} has labels {low} .. {high}, the model {self.null} classes")
 
     def item(self, row, g, flip, dropout):
