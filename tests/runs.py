@@ -149,3 +149,5 @@ def killed(data, out, rank):
 if __name__ == "__main__":
     {"together": together, "killed": killed}[sys.argv[1]](*sys.argv[2:4], int(os.environ["RANK"]))
     torch.distributed.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may hold the hook's callbacks still: to release them while Python ends is an abort
