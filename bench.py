@@ -121,7 +121,8 @@ def report(size, dtype, device, repeats, compiled):
     print(f"\n**B {B}, N {N}, D {D}, n_F = n_D = {n}, {str(dtype)[6:]}, {device}** (ms: median, fastest)\n")
     print("| | forward | x fused | forward + backward | x fused | error |\n|---|---|---|---|---|---|")
     for name in table:
-        ratios = [f"{min(t[name]) / min(t['fused']):.2f}" if "fused" in t else "-" for t in (fwd, both)]
+        ratios = [f"{statistics.median(t[name]) / statistics.median(t['fused']):.2f}" if "fused" in t else "-"
+                  for t in (fwd, both)]
         shown = f"{error[name]:.1e}" if name in error else "-"
         print(f"| {name} | {cell(fwd[name])} | {ratios[0]} | {cell(both[name])} | {ratios[1]} | {shown} |", flush=True)
 
