@@ -394,7 +394,11 @@ def test_every_script_and_flag_of_the_readme_exists(commands, script):
             get_args_parser().parse_args(command[1 : where + 1])
         else:
             assert where == 1, command
-        help_text = script(command[where], "--help")[1]
+        if command[where] == "setup.py":  # setuptools' own script: its commands have the flags
+            command_help = [sys.executable, "setup.py", command[where + 1], "--help"]
+            help_text = subprocess.run(command_help, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+        else:
+            help_text = script(command[where], "--help")[1]
         for word in command[where + 1 :]:
             if word.startswith("--"):
                 assert re.search(rf"(^|[\s,\[]){re.escape(word.split('=')[0])}\b(?!-)", help_text), (command, word)
