@@ -113,17 +113,27 @@ def route(z, router, router_grad=True):
         p = logits.softmax(-1).gather(-1, index.unsqueeze(-1))
         return index, p / p.detach()
 
+def grouped_mm_has_a_kernel(x):
+    """Where F.grouped_mm is one kernel that waits for nothing; elsewhere it is the loop below, and slower."""
+    if not x.is_cuda or x.shape[-1] % 8: return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
 def routed_projection(x, projectors, router, router_grad=True):
     """Q' or K' (Eqs. 1 and 2): every token through the one projector that it is routed to.
 
     x (B, N, D), projectors (n_P, D, D), router (D, n_P); returns (B, N, D). Tokens are grouped by route, so that each
     costs one D x D product and nothing of size (B, N, n_P, D) is ever made.
     """
-    tokens = x.flatten(0, 1)
+    tokens, n_P = x.flatten(0, 1), len(projectors)
     index, gate = route(tokens, router, router_grad)
-    order = index.argsort(stable=True)
-    groups = tokens.index_select(0, order).split(torch.bincount(index, minlength=len(projectors)).tolist())
-    projected = torch.cat([group @ w for group, w in zip(groups, projectors)])  # one that nobody chose: 0 rows
+    order = index.to(torch.uint8 if n_P < 256 else index.dtype).argsort(stable=True)  # few bits sort fast on a GPU
+    groups = tokens.index_select(0, order)
+    ends = (index <= torch.arange(n_P, device=x.device).unsqueeze(1)).sum(1)  # where each route's group ends
+    if grouped_mm_has_a_kernel(tokens):
+        projected = F.grouped_mm(groups.bfloat16(), projectors.bfloat16(), offs=ends.int())
+    else:  # a projector that nobody chose: 0 rows
+        projected = torch.cat([group @ w for group, w in zip(groups.tensor_split(ends[:-1].tolist()), projectors)])
     return (torch.empty_like(projected).index_copy(0, order, projected) * gate.to(projected.dtype)).view_as(x)
 
 def measure(z, gamma, router, router_grad=True):
@@ -173,9 +183,12 @@ def dydila_attention(
         fused = fused and q.dtype != torch.float64 and q.shape[-1] <= 1536 and max(len(gamma), len(lam)) <= 256
     if fused and backend != "reference":
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, q_prime, k_prime, v)))
-        narrow = (x.to(dtype) for x in (q, k, q_prime, k_prime, v))
-        rest = (x.to(wide(q.new_empty(0, dtype=dtype)).dtype) for x in (gamma, lam, kernel_routers, difference_routers))
-        return torch.ops.dydilit.attention_fwd(*narrow, *rest, normalize, router_grad, eps)[0].to(v.dtype)
+        core = wide(q.new_empty(0, dtype=dtype)).dtype
+        tensors = [x.to(dtype) for x in (q, k, q_prime, k_prime, v)]
+        tensors += [x.to(core) for x in (gamma, lam, kernel_routers, difference_routers)]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return torch.ops.dydilit.attention_fwd(*tensors, normalize, router_grad, eps)[0].to(v.dtype)
+        return torch.ops.dydilit.attention(*tensors, normalize, eps).to(v.dtype)  # which keeps nothing for a backward
     with torch.autocast(q.device.type, enabled=False):  # in 16 bits every linear attention so far has met NaN
         q_t, k_t, qp_t, kp_t = (
             measure(z, gamma, router, router_grad) for z, router in zip((q, k, q_prime, k_prime), kernel_routers)
@@ -226,6 +239,7 @@ def fused_twice(ctx, *_):
     raise RuntimeError("the fused op has no second derivatives; backend='reference' has")
 
 if FUSED_DEVICES:
+    torch.library.register_fake("dydilit::attention", lambda q, *_: q.new_empty(q.shape))
     torch.library.register_fake("dydilit::attention_fwd", fused_fake)
     torch.library.register_fake("dydilit::attention_bwd", lambda dout, *x: tuple(z.new_empty(z.shape) for z in x[:9]))
     torch.library.register_autograd("dydilit::attention_fwd", fused_backward, setup_context=fused_setup)

@@ -13,7 +13,7 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).resolve().parent
 os.chdir(HERE)  # sources must be given relative to setup.py
-sources = ["csrc/ops.cpp", "csrc/cpu_ops.cpp", "csrc/cpu_kernels.cpp"]
+sources = ["csrc/ops.cpp", "csrc/cpu_ops.cpp", "csrc/cpu_kernels.cpp", "csrc/cpu_gemm.cpp"]
 cuda_sources = ["csrc/cuda_ops.cpp", "csrc/cuda_kernels.cu"]
 
 wanted = os.environ.get("DYDILIT_CUDA", "")

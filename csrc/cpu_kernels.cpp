@@ -60,7 +60,12 @@ template <class T>
 DISPATCH void Rows<T>::choose(int64_t rows, int64_t n, const T* logits, const T* values, int32_t* index, T* chosen) {
   for (int64_t i = 0; i < rows; i++, logits += n) {
     int32_t best = 0;
-    for (int32_t j = 1; j < n; j++) best = logits[j] > logits[best] ? j : best;
+    T largest = logits[0];
+    for (int32_t j = 1; j < n; j++) {  // no branch: which one wins cannot be foreseen
+      const bool more = logits[j] > largest;
+      best = more ? j : best;
+      largest = more ? logits[j] : largest;
+    }
     index[i] = best;
     chosen[i] = values[best];  // times the gate, which is 1
   }
@@ -68,7 +73,7 @@ DISPATCH void Rows<T>::choose(int64_t rows, int64_t n, const T* logits, const T*
 
 template <class T>
 DISPATCH void Rows<T>::choose_backward(int64_t rows, int64_t n, const T* logits, const T* values, const int32_t* index,
-                                       const T* dchosen, T* dvalues, T* dlogits, T* dlogits_t) {
+                                       const T* dchosen, T* dvalues, T* dlogits) {
   for (int64_t i = 0; i < rows; i++, logits += n, dlogits += n) {
     const int32_t best = index[i];
     const T max = logits[best], dgate = dchosen[i] * values[best];
@@ -76,10 +81,7 @@ DISPATCH void Rows<T>::choose_backward(int64_t rows, int64_t n, const T* logits,
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; j++) sum += dlogits[j] = softmax_numerator(logits[j], max);
-    for (int64_t j = 0; j < n; j++) {
-      dlogits[j] = dlogit(dgate, j == best, dlogits[j] / sum);
-      dlogits_t[j * rows + i] = dlogits[j];
-    }
+    for (int64_t j = 0; j < n; j++) dlogits[j] = dlogit(dgate, j == best, dlogits[j] / sum);
   }
 }
 
@@ -154,16 +156,15 @@ DISPATCH void Rows<T>::denominator_backward(int64_t rows, int64_t D, const T* dq
     }
     const T norm = std::sqrt(square);
     const Guard<T> guard(dot, norm, k_sum[D], eps);
-    const T inv = 1 / guard.den;
-    const T dden = -along * inv * inv;  // out = num / den, num linear in Dq: dden = -<dnum, num> / den = -<ddq, Dq> / den
+    const T dden = -along / guard.den;  // out = num / den, num linear in Dq: dden = -<dnum, num> / den = -<ddq, Dq> / den
     if (guard.open) {                   // den = Dq . k_sum + eps
       for (int64_t j = 0; j < D; j++) {
-        ddq[j] = inv * ddq[j] + dden * k_sum[j];
+        ddq[j] += dden * k_sum[j];
         c[j] += dden * dq[j];
       }
     } else {  // den = 1e-3 |Dq| sum |Dk| + eps
       const T of_dq = norm > 0 ? T(1e-3) * dden * k_sum[D] / norm : T(0);
-      for (int64_t j = 0; j < D; j++) ddq[j] = inv * ddq[j] + of_dq * dq[j];
+      for (int64_t j = 0; j < D; j++) ddq[j] += of_dq * dq[j];
       c[D] += T(1e-3) * dden * norm;
     }
   }
@@ -179,28 +180,8 @@ DISPATCH void Rows<T>::divide(int64_t rows, int64_t D, const T* x, int64_t ldx, 
 }
 
 template <class T>
-DISPATCH void Rows<T>::transpose(int64_t rows, int64_t D, const T* x, int64_t ldx, const T* den, T* y, int64_t ldy) {
-  for (int64_t j = 0; j < D; j++)  // a cache line of x serves the next columns too
-#pragma omp simd
-    for (int64_t i = 0; i < rows; i++) y[j * ldy + i] = den ? x[i * ldx + j] / den[i] : x[i * ldx + j];
-}
-
-template <class T>
 DISPATCH void Rows<T>::add(int64_t n, const T* x, T* y) {
   for (int64_t j = 0; j < n; j++) y[j] += x[j];
-}
-
-template <class T>
-DISPATCH void Rows<T>::gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C,
-                            int64_t ldc, bool accumulate) {
-  for (int64_t i = 0; i < M; i++, A += lda, C += ldc) {
-    for (int64_t j = 0; j < N && !accumulate; j++) C[j] = 0;
-    for (int64_t k = 0; k < K; k++) {
-      const T a = A[k], *row = B + k * ldb;
-#pragma omp simd
-      for (int64_t j = 0; j < N; j++) C[j] += a * row[j];
-    }
-  }
 }
 
 template struct Rows<float>;

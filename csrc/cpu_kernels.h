@@ -18,9 +18,9 @@ struct Rows {
 
   // index = arg max of the logits (rows, n), the lowest in a tie; chosen = values[index] (Eqs. 6 and 7)
   static void choose(int64_t rows, int64_t n, const T* logits, const T* values, int32_t* index, T* chosen);
-  // from dchosen (rows): dvalues (n) += ; dlogits (rows, n) and its transpose dlogits_t (n, rows)
+  // from dchosen (rows): dvalues (n) += ; dlogits (rows, n)
   static void choose_backward(int64_t rows, int64_t n, const T* logits, const T* values, const int32_t* index,
-                              const T* dchosen, T* dvalues, T* dlogits, T* dlogits_t);
+                              const T* dchosen, T* dvalues, T* dlogits);
 
   // d = y - lambda y' (Eq. 8); pair (rows, 2D) holds y and y' side by side
   static void difference(int64_t rows, int64_t D, const T* pair, const T* lam, T* d);
@@ -34,18 +34,13 @@ struct Rows {
 
   // den (rows) of Eq. 4, guarded
   static void denominator(int64_t rows, int64_t D, const T* dq, const T* k_sum, T eps, T* den);
-  // ddq: on entry the gradient that reaches Dq through the numerator, times den; on exit all of it. c (D + 1) +=
+  // ddq: on entry the gradient that reaches Dq through the numerator; on exit all of it. c (D + 1) +=
   static void denominator_backward(int64_t rows, int64_t D, const T* dq, const T* k_sum, T eps, T* ddq, T* c);
 
   // y = x / den, row by row (den null: a copy)
   static void divide(int64_t rows, int64_t D, const T* x, int64_t ldx, const T* den, T* y, int64_t ldy);
-  // y (D, rows) = (x / den)^T
-  static void transpose(int64_t rows, int64_t D, const T* x, int64_t ldx, const T* den, T* y, int64_t ldy);
   // y += x
   static void add(int64_t n, const T* x, T* y);
-  // C (M, N) = A (M, K) B (K, N), or += where `accumulate`; float32 products go to oneDNN instead
-  static void gemm(int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc,
-                   bool accumulate);
 };
 
 // 16 bits <-> float32, round to nearest even

@@ -731,76 +731,6 @@ __global__ void __launch_bounds__(32 * WARPS) denominator_backward_kernel(int N,
   block_total(c, c_norm, D, shared, partial + (image * splits + split) * (D + 1));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Counting sort of tokens by route, stable. A block owns SORT tokens, a thread one.
-
-constexpr int SORT = 1024;
-
-// How many tokens of this block with the same route come before this thread's (route -1: a thread without a token).
-// shared (33, n): in row w, how many of each route there are in the warps before w; in the last, in all of them.
-__device__ __forceinline__ int rank_in_block(int route, int n, int* shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int before = 0;
-  for (int j = 0; j < n; j++) {
-    const unsigned same = __ballot_sync(ALL, route == j);
-    if (route == j) before = __popc(same & ((1u << lane) - 1));
-    if (lane == 0) shared[warp * n + j] = __popc(same);
-  }
-  __syncthreads();
-  if (int(threadIdx.x) < n) {
-    int sum = 0;
-    for (int w = 0; w < SORT / 32; w++) {
-      const int count = shared[w * n + threadIdx.x];
-      shared[w * n + threadIdx.x] = sum;
-      sum += count;
-    }
-    shared[SORT / 32 * n + threadIdx.x] = sum;
-  }
-  __syncthreads();
-  return route < 0 ? 0 : before + shared[warp * n + route];
-}
-
-// counts (blocks, n) = how many tokens of each route a block has
-__global__ void __launch_bounds__(SORT) route_count_kernel(int64_t rows, int n, const int64_t* index, int* counts) {
-  extern __shared__ int counters[];
-  const int64_t row = int64_t(blockIdx.x) * SORT + threadIdx.x;
-  rank_in_block(row < rows ? int(index[row]) : -1, n, counters);
-  if (int(threadIdx.x) < n) counts[int64_t(blockIdx.x) * n + threadIdx.x] = counters[SORT / 32 * n + threadIdx.x];
-}
-
-// One block, warp j for route j. In place: counts becomes where the tokens of a block with a route go; offsets (n)
-__global__ void route_scan_kernel(int blocks, int n, int* counts, int* offsets) {
-  extern __shared__ int totals[];
-  const int route = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int total = 0;
-  for (int first = 0; first < blocks; first += 32) {  // the sum over the blocks before, within the route
-    const int block = first + lane, count = block < blocks ? counts[int64_t(block) * n + route] : 0;
-    int end = count;
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      const int below = __shfl_up_sync(ALL, end, lanes);
-      if (lane >= lanes) end += below;
-    }
-    if (block < blocks) counts[int64_t(block) * n + route] = total + end - count;
-    total += __shfl_sync(ALL, end, 31);
-  }
-  if (lane == 0) totals[route] = total;
-  __syncthreads();
-  int start = 0;
-  for (int before = 0; before < route; before++) start += totals[before];
-  for (int block = lane; block < blocks; block += 32) counts[int64_t(block) * n + route] += start;
-  if (lane == 0) offsets[route] = start + total;
-}
-
-// order[where it goes] = row
-__global__ void __launch_bounds__(SORT) route_scatter_kernel(int64_t rows, int n, const int64_t* index,
-                                                             const int* counts, int64_t* order) {
-  extern __shared__ int counters[];
-  const int64_t row = int64_t(blockIdx.x) * SORT + threadIdx.x;
-  const int route = row < rows ? int(index[row]) : -1;
-  const int rank = rank_in_block(route, n, counters);
-  if (route >= 0) order[counts[int64_t(blockIdx.x) * n + route] + rank] = row;
-}
-
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -893,15 +823,6 @@ void Rows<S>::denominator_backward(int B, int N, int D, const S* dq, const float
   launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream, N, D, dq, k_sum, eps,
          ddq, partial);
   sum_partials(B, splits, D + 1, partial, c, stream);
-}
-
-void route_sort(int64_t rows, int n, const int64_t* index, int* counts, int64_t* order, int* offsets,
-                cudaStream_t stream) {
-  const dim3 blocks(unsigned(ceil_div(rows, SORT)));
-  const size_t shared = (SORT / 32 + 1) * n * sizeof(int);
-  launch(route_count_kernel, blocks, SORT, shared, stream, rows, n, index, counts);
-  launch(route_scan_kernel, dim3(1), 32 * n, n * sizeof(int), stream, int(blocks.x), n, counts, offsets);
-  launch(route_scatter_kernel, blocks, SORT, shared, stream, rows, n, index, counts, order);
 }
 
 #define INSTANTIATE(T)                                                                                         \

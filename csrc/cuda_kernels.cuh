@@ -101,9 +101,4 @@ struct Rows {
                                    float* partial, float* c, cudaStream_t stream);
 };
 
-// Tokens grouped by route, in their order: order (rows) lists the tokens of route 0, then of route 1, ...; offsets (n)
-// is where each group ends. counts: scratch of ceil(rows / 1024) * n ints. n <= 32.
-void route_sort(int64_t rows, int n, const int64_t* index, int* counts, int64_t* order, int* offsets,
-                cudaStream_t stream);
-
 }  // namespace dydilit::cuda

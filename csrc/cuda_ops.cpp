@@ -220,6 +220,13 @@ Forward attention_fwd(const Tensor& q, const Tensor& k, const Tensor& q_prime, c
   });
 }
 
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& q_prime, const Tensor& k_prime, const Tensor& v,
+                 const Tensor& gamma, const Tensor& lam, const Tensor& kernel_routers, const Tensor& difference_routers,
+                 bool normalize, double eps) {
+  return std::get<0>(attention_fwd(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers, normalize,
+                                   false, eps));
+}
+
 Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& q_prime,
                        const Tensor& k_prime, const Tensor& v, const Tensor& gamma, const Tensor& lam,
                        const Tensor& kernel_routers, const Tensor& difference_routers, bool normalize,
@@ -237,32 +244,12 @@ Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, con
   });
 }
 
-std::tuple<Tensor, Tensor> route_sort(const Tensor& index, int64_t n) {
-  TORCH_CHECK(index.dim() == 1 && index.scalar_type() == at::kLong, "index must be (M,) int64, got ", index.sizes(),
-              " ", index.scalar_type());
-  TORCH_CHECK(n >= 1 && n <= 32, "route_sort takes 1 to 32 routes, got ", n);
-  const Environment here(index);
-  const Tensor from = index.contiguous();
-  Tensor order = at::empty_like(from), offsets = at::empty({n}, from.options().dtype(at::kInt));
-  Tensor counts = at::empty({from.numel() / 1024 + 1, n}, offsets.options());
-  cuda::route_sort(from.numel(), int(n), const_pointer<int64_t>(from), pointer<int>(counts), pointer<int64_t>(order),
-                   pointer<int>(offsets), here.stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {order, offsets};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(dydilit, m) {
-  // The tokens 0 .. M - 1 ordered by index (M,), 0 <= index < n, those of one route in their order; and where each
-  // route's tokens end: (M,) int64, (n,) int32, as torch.nn.functional.grouped_mm takes them
-  m.def("route_sort(Tensor index, int n) -> (Tensor order, Tensor offsets)");
-}
-
 TORCH_LIBRARY_IMPL(dydilit, CUDA, m) {
+  m.impl("attention", &attention);
   m.impl("attention_fwd", &attention_fwd);
   m.impl("attention_bwd", &attention_bwd);
-  m.impl("route_sort", &route_sort);
 }
 
 }  // namespace dydilit

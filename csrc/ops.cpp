@@ -1,4 +1,4 @@
-// The Python module dydilit_C: the schemas of the two operators, and build_info(). Importing it registers the kernels of
+// The Python module dydilit_C: the schemas of the three operators, and build_info(). Importing it registers the kernels of
 // cpu_ops.cpp (and cuda_ops.cpp); fake kernels, autograd and the choice of backend are in dydilit.py.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -11,9 +11,12 @@
 #endif
 
 // Between the projections and the convolution: Eqs. 5 to 8. Dq, Dk are the differenced tokens; wide is float32, or
-// float64 where q is. What follows `out` is kept for the backward.
+// float64 where q is.
 TORCH_LIBRARY(dydilit, m) {
-  m.def(
+  m.def(  // where no gradient is wanted
+      "attention(Tensor q, Tensor k, Tensor q_prime, Tensor k_prime, Tensor v, Tensor gamma, Tensor lam, "
+      "Tensor kernel_routers, Tensor difference_routers, bool normalize, float eps) -> Tensor");
+  m.def(  // the same, and what follows `out` is kept for the backward
       "attention_fwd("
       "Tensor q, Tensor k, "               // (B, N, D), any float dtype, any strides; the five agree
       "Tensor q_prime, Tensor k_prime, "   // (B, N, D)

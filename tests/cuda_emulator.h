@@ -215,18 +215,6 @@ inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
 inline void __syncwarp() { emulator::wait(emulator::warp().barrier); }
 template <class T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::shuffle(x, emulator::lane() ^ mask); }
 template <class T> T __shfl_sync(unsigned, T x, int source) { return emulator::shuffle(x, source); }
-template <class T> T __shfl_up_sync(unsigned, T x, int lanes) {
-  return emulator::shuffle(x, emulator::lane() >= lanes ? emulator::lane() - lanes : emulator::lane());
-}
-inline unsigned __ballot_sync(unsigned, bool predicate) {
-  const uint32_t word = predicate;
-  return emulator::exchange(&word, 1, [](auto& all) {
-    unsigned set = 0;
-    for (int i = 0; i < 32; i++) set |= all[i][0] << i;
-    return set;
-  });
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches.

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.cpp_extension import include_paths
-from util import random_op_inputs
+from util import grads_of, random_op_inputs
 
 import dydilit
 
@@ -82,7 +81,7 @@ def gpu():
     """Why nothing can be tested on a GPU here, or None."""
     if not torch.cuda.is_available():
         return "no GPU"
-    if not hasattr(torch.ops.dydilit, "route_sort"):
+    if "cuda" not in dydilit.FUSED_DEVICES:
         return "the extension is not built with CUDA"
 
 
@@ -286,16 +285,6 @@ def test_limits_are_clear_errors(backend):
             ops.attention_fwd(*(z.to(device) for z in x.values()), True, True, 1e-6)
 
 
-@pytest.mark.parametrize("tokens, n", [(0, 3), (1, 1), (40, 7), (1024, 3), (5000, 32)])
-def test_route_sort(backend, tokens, n):
-    ops, device = backend
-    index = torch.randint(n, (tokens,))
-    index[index == n // 2] = 0  # one route that nobody takes, if n > 1
-    order, offsets = (z.cpu() for z in ops.route_sort(index.to(device), n))
-    assert torch.equal(order, index.argsort(stable=True))
-    assert offsets.dtype == torch.int32 and torch.equal(offsets, index.bincount(minlength=n).cumsum(0).int())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # On a machine without a GPU: does it compile, and into how many registers?
 
@@ -376,12 +365,11 @@ def test_graph(dtype):
     with torch.cuda.stream(stream): outputs(torch.ops.dydilit, first, cotangent)  # cuBLAS sets itself up
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    index = torch.randint(5, (3000,), device="cuda")
     with torch.cuda.graph(graph):
-        got = [*outputs(torch.ops.dydilit, first, cotangent), *torch.ops.dydilit.route_sort(index, 5)]
+        got = outputs(torch.ops.dydilit, first, cotangent)
     for name, z in second.items(): first[name].copy_(z)
     graph.replay()
-    want = [*outputs(torch.ops.dydilit, second, cotangent), *torch.ops.dydilit.route_sort(index, 5)]
+    want = outputs(torch.ops.dydilit, second, cotangent)
     assert all(torch.equal(a, b) for a, b in zip(want, got))
 
 
@@ -405,12 +393,20 @@ def test_autocast_leaves_the_products_alone():
 
 
 @needs_gpu
-def test_grouped_projection():
-    """route_sort as routed_projection uses it; one route is empty."""
-    x, weight = (torch.randn(*size, device="cuda").bfloat16() / 20 for size in ((4096, 384), (5, 384, 384)))
-    index = torch.randint(4, (4096,), device="cuda")
-    order, offsets = torch.ops.dydilit.route_sort(index, 5)
-    projected = F.grouped_mm(x.index_select(0, order), weight, offs=offsets)
-    got = torch.empty_like(projected).index_copy(0, order, projected)
-    want = torch.cat([x[i : i + 1].float() @ weight[r].float() for i, r in enumerate(index[:64].tolist())])
-    assert (got[:64].float() - want).norm() <= 4e-3 * want.norm()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
+def test_routed_projection(dtype):
+    """Nobody takes the last route. In bfloat16 on sm_90 this is F.grouped_mm, whose weight gradient once hung there."""
+    x, projectors = (torch.randn(*size, device="cuda") / 20 for size in ((2, 2048, 384), (5, 384, 384)))
+    router = torch.randn(384, 5, device="cuda")
+    router[:, 4] = 0
+    inputs, cotangent = {"x": x, "projectors": projectors, "router": router}, torch.randn_like(x)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        assert dydilit.grouped_mm_has_a_kernel(x.flatten(0, 1)) == (
+            dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0))
+        out, grads = grads_of(dydilit.routed_projection, inputs, cotangent.to(dtype))
+    exact = {n: z.double().cpu() for n, z in inputs.items()}
+    truth, true_grads = grads_of(dydilit.routed_projection, exact, cotangent.double().cpu())
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for got, want in ((out, truth), *((grads[n], true_grads[n]) for n in inputs)):
+        assert (got.cpu().double() - want).norm() <= bound * want.norm()
+    assert not grads["projectors"][4].any()

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 from util import assert_close, attend, attention_loop, choose, grads_of, power, random_op_inputs, top2_margin
 
+import dydilit
 from dydilit import difference, dydila_attention, linear_attention, measure, power_kernel, route, routed_projection
 
 pytestmark = pytest.mark.usefixtures("reference_path")  # test_fused.py has the extension
@@ -213,6 +214,24 @@ def test_routed_projection_is_dense_then_select_with_its_gradients(n_P, router_g
     if n_P == 3:
         assert (grads["projectors"][1] == 0).all() and grads["projectors"][0].any() and grads["projectors"][2].any()
         assert grads["router"][:, 1].any() == router_grad  # its router column still learns that others were taken
+
+
+def test_routed_projection_by_grouped_mm_is_the_same(monkeypatch):
+    """The branch for bfloat16 on recent GPUs; F.grouped_mm exists on the CPU too. One projector is nobody's choice."""
+    inputs = {"x": normal(2, 12, 8), "projectors": normal(4, 8, 8, seed=1), "router": normal(8, 4, seed=2)}
+    inputs["router"][:, 1] = 0
+    inputs["router"][:, 0], inputs["router"][:, 2] = torch.eye(8, dtype=f64)[0], -torch.eye(8, dtype=f64)[0]
+    inputs = {name: z.float() for name, z in inputs.items()}
+    cotangent, found = normal(2, 12, 8, seed=3).bfloat16(), []
+    for kernel in (False, True):
+        monkeypatch.setattr(dydilit, "grouped_mm_has_a_kernel", lambda x, kernel=kernel: kernel)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(grads_of(routed_projection, inputs, cotangent))
+    (out, grads), (want, want_grads) = found
+    assert out.dtype == want.dtype == torch.bfloat16
+    assert_close("Q'", out, want, atol=1e-2, rtol=1e-2)
+    for name in inputs:
+        assert_close(f"d {name}", grads[name], want_grads[name], atol=3e-2, rtol=1e-2)
 
 
 def test_routed_projection_gives_each_token_its_own_projector():

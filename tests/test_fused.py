@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,7 @@ def test_opcheck():
     tensors, dout = inputs(2, 6, 5, 3, 2, torch.float32)
     forward = (*[t.requires_grad_() for t in tensors], True, True, 1e-6)
     torch.library.opcheck(torch.ops.dydilit.attention_fwd, forward)
+    torch.library.opcheck(torch.ops.dydilit.attention, (*[t.detach() for t in tensors], True, 1e-6))
     saved = torch.ops.dydilit.attention_fwd(*forward)[1:]
     tests = ("test_schema", "test_faketensor")  # it has no derivative, on purpose
     torch.library.opcheck(torch.ops.dydilit.attention_bwd, (dout, *forward, *saved), test_utils=tests)
@@ -265,11 +267,18 @@ def test_mixed_dtypes_follow_the_reference():
     check(tensors, dout.bfloat16(), atol=1e-3)
 
 
-def test_no_grad_and_frozen_inputs():
-    tensors, dout = inputs(2, 9, 8, 3, 3)
+@pytest.mark.parametrize("size", [(2, 9, 8, 3, 3), (3, 100, 160, 9, 9), (3, 200, 48, 9, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_without_gradients_the_same_bits(size, dtype):
+    """Another operator is called then, which keeps nothing."""
+    tensors, dout = inputs(*size, dtype)
     with torch.no_grad():
-        out = dydila_attention(*tensors, backend="fused")
+        out = dydila_attention(*[t.requires_grad_() for t in tensors], backend="fused")
     assert not out.requires_grad and torch.equal(out, results(tensors, dout, "fused")[0])
+
+
+def test_frozen_inputs():
+    tensors, dout = inputs(2, 9, 8, 3, 3)
     gamma = tensors[5].requires_grad_()
     (grad,) = torch.autograd.grad(dydila_attention(*tensors, backend="fused"), gamma, dout)
     assert torch.equal(grad, results(tensors, dout, "fused")[6])
@@ -333,3 +342,13 @@ def test_a_stale_or_missing_extension_leaves_the_python_path(extension, tmp_path
 def test_build_info():
     info = importlib.import_module("dydilit_C").build_info()
     assert set(info) == {"torch", "compiler", "isa", "cuda_archs"} and importlib.util.find_spec("dydilit_C").origin
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_products_of_every_instruction_set(tmp_path):
+    """The loader picks one build of the matrix products; here all that this machine can run, the fallback too."""
+    tests = Path(__file__).parent
+    command = ["g++", "-std=c++20", "-O2", f"-I{tests.parent}/csrc", tests / "gemm_check.cpp", "-o", tmp_path / "check"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
+    assert done.returncode == 0 and "baseline" in done.stdout and "chosen" in done.stdout, done.stdout
