@@ -1,6 +1,7 @@
 """Latents of an autoencoder, for `prepare.py --vae`."""
 import hashlib
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ class Encoder:
             from diffusers import AutoencoderKL, logging
         except ImportError as e:
             raise ValueError(f"latents need diffusers: pip install diffusers safetensors ({e})") from e
-        logging.set_verbosity_error()           # what it has to say is said below, once and in a line
+        logging.set_verbosity_error()           # what matters is said below, in one line
         try:
-            vae, found = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, low_cpu_mem_usage=False,
-                                                       output_loading_info=True)
+            with warnings.catch_warnings(action="ignore"):
+                vae, found = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, low_cpu_mem_usage=False,
+                                                           output_loading_info=True)
         except Exception as e:                  # of many kinds, and pages long
             reason = str(e).strip().partition("\n")[0]
             raise ValueError(f"cannot load the autoencoder {name!r}, neither as a folder with config.json and weights "
@@ -40,15 +42,17 @@ class Encoder:
         for key, weight in vae.state_dict().items():
             if not key.startswith(("decoder", "post_quant")): digest.update(weight.numpy())
         self.weights = digest.hexdigest()[:16]
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
-        if self.device == "cpu": torch.set_num_threads(1)   # their number decides the rounding; torchrun uses more
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus) if gpus else torch.device("cpu")
+        if not gpus: torch.set_num_threads(1)   # their number decides the rounding; torchrun makes use of more
         self.vae = vae.to(self.device)
 
     def __call__(self, images, files):
         """uint8 (B, 3, size, size) -> float16 (B, F, 2C, h, w): F = 0 as they are, F = 1 (with flip) mirrored; C means,
         then C standard deviations. ValueError if those of one of `files`, {index: file}, are not finite, or for want of
         memory."""
-        x = torch.from_numpy(images).to(self.device).float() / 127.5 - 1
+        x = torch.from_numpy(np.ascontiguousarray(images))  # another layout of the memory would be another rounding
+        x = x.to(self.device).float() / 127.5 - 1
         views, latents = (x, x.flip(-1))[: 1 + self.flip], []
         # float32 and nothing less: in 16 bits some autoencoders give NaN
         with torch.inference_mode(), torch.autocast(x.device.type, enabled=False), \

@@ -67,7 +67,7 @@ def begin(out, plan, files, dtype, shape, team):
     plan: a dict of what decides the bytes, for JSON; files: one for each row; shape: of a row; team: what `torchrun`
     gave. ValueError if the folder holds part of something else, naming what differs, or if the disk has no room.
     """
-    rank, _, store = team
+    rank, world, store = team
     if rank > 0:
         if json.loads(store.get("plan")) != plan:
             raise ValueError(f"rank {rank} finds other files or settings than rank 0")
@@ -76,8 +76,9 @@ def begin(out, plan, files, dtype, shape, team):
     if (out / PLAN).exists():
         then, done = json.loads((out / PLAN).read_text()), np.load(out / DONE)
     if done.any():                                          # if not, other settings lose nothing
-        differing = [f"{k} {then.get(k)!r} (now {v!r})" for k, v in plan.items() if v != then.get(k)] or [
-            f"size of {files[i]}" for i in np.flatnonzero(done) if os.path.getsize(files[i]) != done[i]]
+        differing = [f"{k} {then.get(k)!r} (now {plan.get(k)!r})" for k in then | plan if then.get(k) != plan.get(k)]
+        if not differing:
+            differing = [f"size of {files[i]}" for i in np.flatnonzero(done) if os.path.getsize(files[i]) != done[i]]
         if differing:
             raise ValueError(f"{out} holds part of another set; delete it first, or mend what differs: "
                              f"{', '.join(differing[:5])}")
@@ -89,7 +90,7 @@ def begin(out, plan, files, dtype, shape, team):
         np.save(out / DONE, np.zeros(len(files), np.int64))
         (out / f"{PLAN}.new").write_text(json.dumps(plan))
         os.replace(out / f"{PLAN}.new", out / PLAN)         # last: it says that the rest is there
-    if store: store.set("plan", json.dumps(plan))
+    if world > 1: store.set("plan", json.dumps(plan))
 
 
 def fill(out, files, batch, read, encode, workers, team):
@@ -116,8 +117,8 @@ def fill(out, files, batch, read, encode, workers, team):
                 flags.put(block.start, done[block] + sizes)
                 bad |= {block.start + i: why for i, why in enumerate(whys) if why}
                 finished += (n := sum(1 for size, why in zip(sizes, whys) if size or why))
-                show(store.add("finished", n) if store else finished)
-    if store:
+                show(store.add("finished", n) if world > 1 else finished)
+    if world > 1:
         store.set(f"bad {rank}", json.dumps(list(bad.items())))
         while rank == 0 and not store.check([f"bad {r}" for r in range(world)]):
             time.sleep(0.1)
@@ -129,8 +130,7 @@ def fill(out, files, batch, read, encode, workers, team):
 def read_block(job):
     read, files = job
     arrays, sizes, whys = zip(*map(read, files))
-    # Contiguous here, as it is anyway once it was sent: another layout of the memory is another rounding in the VAE.
-    return np.ascontiguousarray(np.stack(arrays)), np.array(sizes, np.int64), whys
+    return np.stack(arrays), np.array(sizes, np.int64), whys
 
 
 @contextmanager
