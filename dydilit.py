@@ -569,10 +569,8 @@ class Diffusion:
             raise ValueError(f"labels must be in 0 .. {config.num_classes - 1}, got {int(y.min())} .. {int(y.max())}")
         generators = [generator(seed, SAMPLE, i) for i in index]
         shape = (config.in_channels, config.input_size, config.input_size)
-
         def gaussian():
             return torch.stack([torch.from_numpy(g.standard_normal(shape, np.float32)) for g in generators]).to(device)
-
         guided = with_guidance(model, cfg, cfg_channels or config.in_channels)
         x = gaussian()
         for s in reversed(range(len(self.timesteps))):
@@ -631,44 +629,47 @@ RESUMABLE = ("out", "steps", "micro_batch", "log_every", "eval_every", "ckpt_eve
 class Data:
     """One prepared data set (data/README.md), memory-mapped and checked against the model that will read it."""
     def __init__(self, path, config):
-        path, shape = Path(path), (config.in_channels, config.input_size, config.input_size)
+        path, channels, side = Path(path), config.in_channels, config.input_size
         if not (path / "meta.json").exists():
-            command = "digits/prepare.py" if path.name == "digits" else f"imagefolder/prepare.py ROOT --size {shape[1]}"
+            size = f"{8 * side} --vae" if channels == 4 else side
+            command = "digits/prepare.py" if path.name == "digits" else f"imagefolder/prepare.py ROOT --size {size}"
             raise FileNotFoundError(f"no prepared data set in {path}; make it: python data/{command} --out {path}")
         self.meta = json.loads((path / "meta.json").read_text())
         try:
             self.images, self.labels = np.load(path / "images.npy", mmap_mode="r"), np.load(path / "labels.npy")
         except (ValueError, EOFError) as e:
             raise ValueError(f"{path} is damaged (cut short?), prepare it again: {e}") from e
-        self.n_train, self.null, self.order = len(self.images) - self.meta["held_out"], config.num_classes, (None, None)
-        if self.images.dtype != np.uint8 or self.images.shape[1:] != shape:
-            raise ValueError(f"{path}: {self.images.dtype} {self.images.shape[1:]}, but the model reads uint8 {shape}")
+        self.n_train, self.null = len(self.images) - self.meta["held_out"], config.num_classes
+        self.order = functools.lru_cache(1)(lambda seed, e: generator(seed, ORDER, e).permutation(self.n_train))
+        self.scaling, kind, shape = self.meta.get("scaling"), "uint8", (channels, side, side)
+        if self.scaling:  # latents: means, then standard deviations; of the image, then of its mirror image
+            kind, shape = "float16", (1 + self.meta["flip"], 2 * channels, side, side)
+        if self.images.dtype != kind or self.images.shape[1:] != shape:
+            raise ValueError(f"{path}: {self.images.dtype} {self.images.shape[1:]}, but the model reads {kind} {shape}")
         if len(self.labels) != len(self.images) or self.n_train < 1:
             raise ValueError(f"{path}: {len(self.images)} images, {len(self.labels)} labels, {self.n_train} to train")
-        low, high = self.labels.min(), self.labels.max()
-        if low < 0 or high >= self.null:
-            raise ValueError(f"{path} has labels {low} .. {high}, the model {self.null} classes")
+        if (low := self.labels.min()) < 0 or self.labels.max() >= self.null:
+            raise ValueError(f"{path} has labels {low} .. {self.labels.max()}, the model {self.null} classes")
 
     def item(self, row, g, flip, dropout):
-        """Image, label, timestep and noise, the random ones from g."""
-        x = self.images[row]
-        if flip and self.meta["flip"] and g.random() < 0.5:
-            x = x[..., ::-1]
+        """Image, label, timestep and noise, the random ones from g; of a latent, a draw from its posterior."""
+        x, flip = self.images[row], flip and self.meta["flip"] and g.random() < 0.5
+        if self.scaling:
+            mean, std = np.split(x[int(flip)].astype(np.float32), 2)
+            x = (mean + std * g.standard_normal(mean.shape, np.float32)) * self.scaling
+        else:
+            x = (x[..., ::-1] if flip else x).astype(np.float32) / 127.5 - 1
         y = self.null if g.random() < dropout else self.labels[row]
-        return x.astype(np.float32) / 127.5 - 1, y, g.integers(1000), g.standard_normal(x.shape, np.float32)
+        return x, y, g.integers(1000), g.standard_normal(x.shape, np.float32)
 
     def batch(self, seed, step, batch_size, share, dropout):
         """x, y, t, noise of the images `share` (a range) of a step's batch; epoch e goes in the order of (seed, e)."""
-        rows = []
-        for j in share:
-            epoch, k = divmod(step * batch_size + j, self.n_train)
-            if self.order[0] != epoch:
-                self.order = epoch, generator(seed, ORDER, epoch).permutation(self.n_train)
-            rows.append(self.item(self.order[1][k], generator(seed, STEP, step, j), True, dropout))
+        rows = [self.item(self.order(seed, e)[k], generator(seed, STEP, step, j), True, dropout)
+                for j in share for e, k in [divmod(step * batch_size + j, self.n_train)]]
         return [torch.from_numpy(np.stack(z)) for z in zip(*rows)]
 
     def held_out(self, most=512):
-        """The same of the first held-out images, with timesteps and noise that never change; [] without any."""
+        """The same of the first held-out images, with random parts that never change; [] without any."""
         numbers = range(self.n_train, min(self.n_train + most, len(self.images)))
         rows = [self.item(row, generator(0, HELD_OUT, row), False, 0.0) for row in numbers]
         return [torch.from_numpy(np.stack(z)) for z in zip(*rows)]
@@ -737,9 +738,9 @@ def train(config, training, resume=False, on_step=None):
     if not resume and (ckpt_path.exists() or log_path.exists()):
         raise FileExistsError(f"{training.out} holds another run; --resume continues it, --out names another folder")
     if resume and ckpt_path.exists():
-        ckpt = load_checkpoint(ckpt_path)
-        now = asdict(config) | asdict(training) | {"data": data.meta["name"]}  # its folder may have moved
-        then = ckpt["config"] | ckpt["training"] | {"data": ckpt["meta"]["name"]}
+        ckpt = load_checkpoint(ckpt_path)  # the data go by their name: their folder may have moved
+        now, then = (asdict(config) | asdict(training), data.meta), (ckpt["config"] | ckpt["training"], ckpt["meta"])
+        now, then = (x | {"data": meta["name"], "latent scaling": meta.get("scaling")} for x, meta in (now, then))
         if differing := [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]:
             listed = ", ".join(f"{k} {then.get(k)!r} (now {now[k]!r})" for k in differing)
             raise ValueError(f"{ckpt_path} belongs to another configuration: {listed}")
@@ -804,8 +805,7 @@ def train(config, training, resume=False, on_step=None):
             if rank == 0 and (step % training.ckpt_every == 0 or end or stop):
                 save_checkpoint(ckpt_path, {
                     "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                    "step": step, "config": asdict(config), "training": asdict(training), "meta": data.meta,
-                })
+                    "step": step, "config": asdict(config), "training": asdict(training), "meta": data.meta})
             if stop: break
         if world > 1: dist.barrier()  # ckpt.pt is there when train returns, on every process
         return step

@@ -1,30 +1,32 @@
-"""A folder of images as a prepared data set (data/README.md has the layout).
+"""A folder of images as a prepared data set (data/README.md has the layout): pixels, or latents of an autoencoder.
 
     python data/imagefolder/prepare.py ROOT --size 64 --out data/NAME
+    python data/imagefolder/prepare.py ROOT --size 256 --out data/NAME --vae
+    torchrun --nproc_per_node=8 data/imagefolder/prepare.py ROOT --size 256 --out data/NAME --vae
 
 ROOT/<class>/**/*.{png,jpg,jpeg,webp}; the folder names, sorted, are the classes. Names that start with a dot are not
 looked at. Each image becomes an upright 8-bit RGB (or grey) square: halved with a box filter while that leaves it large
-enough, then bicubic to the exact short side, then the centre of it (the crop of ADM, arXiv 2105.05233).
+enough, then bicubic to the exact short side, then the centre of it (the crop of ADM, arXiv 2105.05233). With --vae the
+square and its mirror image are encoded (latents.py), and a run that was killed goes on where it stopped (rows.py).
 """
 import argparse
+import functools
+import hashlib
 import json
-import math
-import multiprocessing
 import os
-import shutil
-import signal
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+sys.path.insert(0, str(Path(__file__).parent))  # for whoever does not start this file as a script
+from rows import DONE, PLAN, ROWS, Rows, begin, check_room, fill, torchrun
+
 SEED = 0
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 NAMES = ["images.npy", "labels.npy", "meta.json"]
+TEMPS = ["tmp.kept.npy", *(f"tmp.{name}" for name in NAMES), DONE, f"{PLAN}.new", PLAN]
 
 # -----------------------------------------------------------------------------
 # one image
@@ -61,66 +63,38 @@ def load_image(file, size, gray=False):
         im = centre_crop(to_rgb(im), size).convert("L" if gray else "RGB")
     return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
 
-# -----------------------------------------------------------------------------
-# all images: each worker writes its rows straight into the one memory-mapped file, so nothing large travels
 
-ROWS = None                                     # the memory map, in each worker
+def read(file, size, gray):
+    """Image file -> (what load_image gives, size of the file in bytes, None), or (zeros, 0, why it cannot be read).
 
-def open_rows(file, ignore_sigint=True):
-    global ROWS
-    if ignore_sigint: signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the parent, which cleans up
-    ROWS = np.lib.format.open_memmap(file, mode="r+")
-
-
-def write_row(job):
-    """(row, file) -> None, or why the file could not be read."""
-    row, file = job
+    Without a file (None): (zeros, 0, None).
+    """
+    why = None
     try:
-        ROWS[row] = load_image(file, ROWS.shape[-1], gray=ROWS.shape[1] == 1)
+        if file: return load_image(file, size, gray), os.path.getsize(file), None
     except Exception as e:                      # a broken file can make a decoder raise nearly anything
-        return f"{type(e).__name__}: {e}"
-
-
-@contextmanager
-def decoder(file, workers):
-    """A map() over jobs that fills the .npy `file`; in this process if there is one worker."""
-    global ROWS
-    if workers == 1:
-        open_rows(file, ignore_sigint=False)
-        try: yield map
-        finally: ROWS = None
-        return
-    spawn = multiprocessing.get_context("spawn")                       # the same on every system
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=open_rows, initargs=(file,))
-    try: yield lambda fn, jobs: pool.map(fn, jobs, chunksize=16)
-    finally: pool.shutdown(cancel_futures=True)
-
-
-def progress(results, total):
-    """Pass results on, with a line on stderr: rate and time left."""
-    tty = sys.stderr.isatty()
-    start = last = time.monotonic()
-    for done, result in enumerate(results, 1):
-        yield result
-        now = time.monotonic()
-        if now - last > (0.2 if tty else 10) or (tty and done == total):
-            last, rate = now, done / max(now - start, 1e-9)
-            m, s = divmod(round((total - done) / rate), 60)
-            line = f"{done:,}/{total:,} images, {rate:,.0f} per second, {m}:{s:02d} left"
-            print(f"\r{line:<60}" if tty else line, end="" if tty and done < total else "\n",
-                  file=sys.stderr, flush=True)
+        why = f"{type(e).__name__}: {e}"
+    return np.zeros((1 if gray else 3, size, size), np.uint8), 0, why
 
 # -----------------------------------------------------------------------------
 # the data set
 
-def find(root):
-    """Folder -> (class names, files, int64 labels of the files). ValueError if there is nothing to prepare."""
+def find(root, n_classes=None, class_seed=0):
+    """Folder -> (class names, files, int64 labels of the files). ValueError if there is nothing to prepare.
+
+    n_classes: how many of the classes to draw, with class_seed; None takes all.
+    """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not classes:
         raise ValueError(f"{root} has no class folders; expected {root}/<class>/*.png, .jpg, .jpeg or .webp")
+    if n_classes is not None:
+        if not 1 <= n_classes <= len(classes):
+            raise ValueError(f"{n_classes} classes are asked for, {root} has {len(classes)}")
+        drawn = shuffled(np.zeros(len(classes), np.int64), 0, class_seed)[:n_classes]
+        classes = [classes[i] for i in sorted(drawn)]
     files, labels = [], []
     for label, name in enumerate(classes):
         found = []
@@ -149,79 +123,96 @@ def shuffled(labels, held_out, seed=SEED):
     return np.concatenate([order[~held], order[held]])
 
 
-def prepare(root, size, out, held_out=0.05, flip=True, gray=False, on_error="refuse", workers=1):
-    """Write the images of the folder `root`, cropped to size x size, as a prepared set into the folder `out`.
-
-    held_out is a share, in [0, 1). More than one worker needs this file to be importable by its name, as it is when it
-    runs as a script. ValueError for a wrong argument or unreadable images; then, as after any error, nothing is left.
-    """
-    out = Path(out)
-    if size < 1: raise ValueError(f"size must be at least 1, got {size}")
-    if workers < 1: raise ValueError(f"workers must be at least 1, got {workers}")
-    if not 0 <= held_out < 1: raise ValueError(f"the held-out share must lie in [0, 1), got {held_out}")
-    if on_error not in ("refuse", "skip"): raise ValueError(f"on_error must be refuse or skip, got {on_error!r}")
-    if any((out / name).exists() for name in NAMES):
-        raise ValueError(f"{out} already holds a prepared set (or part of one); delete it first")
-    classes, files, labels = find(root)
-
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    temps = [out / f"tmp.{name}" for name in NAMES]
-    spare = out / "tmp.all.npy"
-    try:
-        order, bad = write_images(files, labels, held_out, size, gray, temps[0], workers)
-        if bad:
-            listing = "".join(f"\n  {files[i]}: {why}" for i, why in sorted(bad.items()))
-            if on_error == "refuse":
-                raise ValueError(f"unreadable images: {len(bad)} of {len(files)}; nothing was written "
-                                 f"(--on-error skip leaves them out):{listing}")
-            print(f"left out {len(bad)} unreadable images of {len(files)}:{listing}", file=sys.stderr)
-            # Shuffle what is left as if the bad files had never been there, and copy the rows to where they now belong.
-            good = np.setdiff1d(np.arange(len(files)), list(bad))
-            lost = set(range(len(classes))) - set(labels[good].tolist())
-            if lost:
-                raise ValueError(f"class {classes[min(lost)]!r} has no readable images")
-            labels, row = labels[good], np.argsort(order)[good]         # row: where each good image lies now
-            order = shuffled(labels, n_held_out(held_out, len(labels)))
-            rows = np.load(temps[0], mmap_mode="r")
-            kept = np.lib.format.open_memmap(spare, "w+", np.uint8, (len(good), *rows.shape[1:]))
-            for i in range(0, len(good), 256):
-                kept[i:i + 256] = rows[row[order[i:i + 256]]]
-            del rows, kept                      # written out; and some systems do not rename a file that is mapped
-            os.replace(spare, temps[0])
-        np.save(temps[1], labels[order])
-        meta = {"name": out.resolve().name, "classes": classes, "flip": flip,
-                "held_out": n_held_out(held_out, len(labels)), "levels": 255}
-        temps[2].write_text(json.dumps(meta, indent=1) + "\n")
-        for temp, name in zip(temps, NAMES):    # meta.json last: it says that the rest is there
-            os.replace(temp, out / name)
-    except BaseException:                       # Ctrl-C too
-        for file in [*temps, spare, *(out / name for name in NAMES)]:
-            file.unlink(missing_ok=True)
-        if made and not any(out.iterdir()): out.rmdir()
-        raise
-    total = sum((out / name).stat().st_size for name in NAMES)
-    shape = (len(labels), 1 if gray else 3, size, size)
-    print(f"{out}: {meta['name']}, images {shape} uint8, {len(classes)} classes, "
-          f"{meta['held_out']} held out, {total / 1e6:.2f} MB")
-
-
 def n_held_out(share, n):
     return min(round(share * n), n - 1)         # something to train on, always
 
 
-def write_images(files, labels, held_out, size, gray, target, workers):
-    """Decode the files into the new .npy `target`, N C H W -> (row order, {index of an unreadable file: why})."""
+def prepare(root, size, out, held_out=0.05, flip=True, gray=False, on_error="refuse", workers=1, vae=None, batch=32,
+            classes=None, class_seed=0):
+    """Write the images of the folder `root`, cropped to size x size, as a prepared set into the folder `out`.
+
+    held_out is a share, in [0, 1); flip, whether training may mirror the images; vae, a hub id or a folder; batch, how
+    many images are encoded at once; classes, how many to draw with class_seed (None: all). More than one worker needs
+    this file to be importable by its name, as it is when it runs as a script. ValueError for a wrong argument or
+    unreadable images. After any error nothing is left; with a VAE all that was encoded, and the next run goes on there.
+    """
+    out = Path(out)
+    if size < 1: raise ValueError(f"size must be at least 1, got {size}")
+    if workers < 1: raise ValueError(f"workers must be at least 1, got {workers}")
+    if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
+    if not 0 <= held_out < 1: raise ValueError(f"the held-out share must lie in [0, 1), got {held_out}")
+    if on_error not in ("refuse", "skip"): raise ValueError(f"on_error must be refuse or skip, got {on_error!r}")
+    if vae and gray: raise ValueError("an autoencoder takes colours: --vae and --gray exclude each other")
+    rank, world, _ = team = torchrun()
+    if world > 1 and not vae: raise ValueError("torchrun is for --vae; --workers share out pixels")
+    taken = (out / "meta.json").exists() or (not (out / PLAN).exists() and any((out / name).exists() for name in NAMES))
+    if rank == 0 and taken:
+        raise ValueError(f"{out} already holds a prepared set (or part of one); delete it first")
+
+    dtype, shape, encode, about, plan = np.uint8, (1 if gray else 3, size, size), lambda x, files: x, {}, {}
+    if vae:
+        from latents import Encoder
+        encode = Encoder(vae, size, flip)
+        dtype, shape, about, plan = np.float16, encode.shape, encode.about, {"weights": encode.weights}
+    if classes is not None: about["class_seed"] = class_seed
+    names, files, labels = find(root, classes, class_seed)
+    listed = "\0".join(file.removeprefix(str(Path(root))).lstrip(os.sep) for file in files)
+    plan |= about | {"size": size, "gray": gray, "flip": flip, "held_out": held_out, "batch": batch, "classes": classes,
+                     "files": f"{len(files)}, sha256 {hashlib.sha256(os.fsencode(listed)).hexdigest()[:16]}"}
     order = shuffled(labels, n_held_out(held_out, len(files)))
-    shape = (len(files), 1 if gray else 3, size, size)
-    need, free = math.prod(shape), shutil.disk_usage(target.parent).free
-    if need > free:                             # a full disk under a memory map kills the process without a word
-        raise ValueError(f"{target.parent} needs {need / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
-    np.lib.format.open_memmap(target, "w+", np.uint8, shape)      # its header, and room for all; the workers fill it
-    jobs = [(row, files[i]) for row, i in enumerate(order)]
-    with decoder(target, workers) as run:
-        bad = {order[row]: why for row, why in enumerate(progress(run(write_row, jobs), len(jobs))) if why}
-    return order, bad
+
+    made, began, rows = not out.exists(), False, [files[i] for i in order]
+    try:
+        begin(out, plan, rows, dtype, shape, team)
+        began = True
+        bad = fill(out, rows, batch, functools.partial(read, size=size, gray=gray), encode, workers, team)
+        if rank > 0: return
+        filled = out / ROWS
+        if bad:
+            listing = "".join(f"\n  {file}: {why}" for file, why in sorted((rows[i], why) for i, why in bad.items()))
+            if on_error == "refuse":
+                kept = "the others are done" if vae else "nothing was written"
+                raise ValueError(f"unreadable images: {len(bad)} of {len(files)}; {kept} (--on-error skip leaves them "
+                                 f"out):{listing}")
+            print(f"left out {len(bad)} unreadable images of {len(files)}:{listing}", file=sys.stderr)
+            # Shuffle what is left as if the bad files had never been there, and copy the rows to where they now belong.
+            good = np.setdiff1d(np.arange(len(files)), order[list(bad)])
+            lost = set(range(len(names))) - set(labels[good].tolist())
+            if lost:
+                raise ValueError(f"class {names[min(lost)]!r} has no readable images")
+            labels, row = labels[good], np.argsort(order)[good]         # row: where each good image lies now
+            order = shuffled(labels, n_held_out(held_out, len(labels)))
+            filled = copy_rows(out, row[order])
+        meta = {"name": out.resolve().name, "classes": names, "flip": flip,
+                "held_out": n_held_out(held_out, len(labels)), "levels": 255, **about}
+        if vae: meta["pixels"] = size
+        np.save(out / "tmp.labels.npy", labels[order])
+        (out / "tmp.meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        if filled.exists(): os.replace(filled, out / "images.npy")      # an earlier run may have been killed right here
+        for name in NAMES[1:]:                  # meta.json last: it says that the rest is there
+            os.replace(out / f"tmp.{name}", out / name)
+    except BaseException as e:                  # Ctrl-C too
+        if vae and began:
+            e.add_note(f"{out} keeps what is done: the same command goes on from there")
+        elif rank == 0 and (began or not (out / PLAN).exists()):        # or else it is part of another set
+            for name in TEMPS + NAMES: (out / name).unlink(missing_ok=True)
+            if made and out.exists() and not any(out.iterdir()): out.rmdir()
+        raise
+    for name in TEMPS: (out / name).unlink(missing_ok=True)
+    images, total = np.load(out / "images.npy", mmap_mode="r"), sum((out / name).stat().st_size for name in NAMES)
+    print(f"{out}: {meta['name']}, images {images.shape} {images.dtype}, {len(names)} classes, "
+          f"{meta['held_out']} held out, {total / 1e6:.2f} MB")
+
+
+def copy_rows(out, which):
+    """The rows `which` (int, n) of what was filled, in this order, as another .npy file: its path."""
+    rows, target = np.load(out / ROWS, mmap_mode="r"), out / "tmp.kept.npy"
+    check_room(out, len(which), rows.dtype, rows.shape[1:])
+    np.lib.format.open_memmap(target, "w+", rows.dtype, (len(which), *rows.shape[1:]))
+    with Rows(target) as kept:
+        for i in range(0, len(which), 256): kept.put(i, rows[which[i:i + 256]])
+        kept.sync()
+    return target
 
 
 def main():
@@ -229,17 +220,24 @@ def main():
     parser.add_argument("root", metavar="ROOT", help="folder with a folder of images for each class")
     parser.add_argument("--size", type=int, required=True, help="height and width of the prepared images")
     parser.add_argument("--out", required=True, help="folder to write; its name becomes the name of the set")
+    parser.add_argument("--vae", nargs="?", const="stabilityai/sd-vae-ft-ema", metavar="ID_OR_FOLDER",
+                        help="latents of this autoencoder in place of pixels (alone: %(const)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images that the autoencoder takes at once (default: 32)")
     parser.add_argument("--held-out", type=float, default=0.05, help="share never trained on (default: 0.05)")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                         help="whether training may mirror the images (default: yes)")
+    parser.add_argument("--classes", type=int, help="take this many of the classes, drawn at random (default: all)")
+    parser.add_argument("--class-seed", type=int, default=0, help="draws the classes (default: 0)")
     parser.add_argument("--gray", action="store_true", help="one channel in place of three")
     parser.add_argument("--on-error", choices=["refuse", "skip"], default="refuse", help="for unreadable images")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    parser.add_argument("--workers", type=int, default=cores, help="processes that read (default: one per core)")
     args = parser.parse_args()
     try:
         prepare(**vars(args))
-    except (ValueError, OSError) as e:
-        parser.error(str(e))
+    except (ValueError, OSError, KeyboardInterrupt) as e:
+        message = "\n".join([str(e) or "interrupted", *getattr(e, "__notes__", [])])
+        parser.exit(130 if isinstance(e, KeyboardInterrupt) else 2, f"{parser.prog}: error: {message}\n")
 
 
 if __name__ == "__main__":
