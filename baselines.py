@@ -83,7 +83,7 @@ class Softmax(nn.Module):
         return self.proj(join(self.attend(x, grid)))
 
 class KVCompressed(Softmax):
-    """PixArt-Sigma (its paper and code): keys and values shrunk 2 x 2 before the softmax.
+    """PixArt-Sigma (its public code): keys and values shrunk 2 x 2 before the softmax.
 
     One depthwise convolution, its stride its size, and one LayerNorm serve both. In the last half of the blocks only
     (`attention_of`), as there: 14 of 28. The last row or column of an odd grid is dropped.
@@ -108,7 +108,7 @@ class WithLoss(torch.autograd.Function):
         return dout, ctx.gradient, None
 
 class MoH(Softmax):
-    """Mixture of heads (its paper and code): out = concat(g_h head_h), the gates g of each token its own.
+    """Mixture of heads (its public code): out = concat(g_h head_h), the gates g of each token its own.
 
     Shared heads: softmax(W_s x) times their number. The others: softmax(W_r x), the routed_heads largest, brought to
     sum 1, times their number; a single one so has gate 1, and W_r learns from the balance alone. The two groups weigh
@@ -170,8 +170,8 @@ class ReLULinear(nn.Module):
 class LiT(ReLULinear):
     """LiT: ReLU, few heads, and a 5x5 depthwise convolution of V, one for all heads, added before the projection.
 
-    Its code could not be read from here: after the paper's description, the convolution as in FLatten. Two heads for S
-    are the paper's, other numbers ours. Nothing is inherited from a trained DiT or distilled from a teacher.
+    Its code has not been read: after the published description, the convolution as in FLatten. Two heads for S are the
+    paper's, other numbers ours. Nothing is inherited from a trained DiT or distilled from a teacher.
     """
     def __init__(self, config, i=0):
         super().__init__(config)
@@ -195,8 +195,8 @@ class EDiT(nn.Module):
         q = relu(W_q (x + conv1x1(leaky_relu(group_norm(conv3x3(x))))))
         k = relu(conv(W_k x)),  v = conv(W_v x)          conv: depthwise 3x3, stride 2
 
-    No public code: after the paper's description. Ours: the 3x3 convolution halves the channels and there is one head,
-    as the paper's GFLOPs say (NOTES.md); 16 groups if they divide; no biases in W_q, W_k, W_v. No distillation.
+    No public code: after the published description. Ours: half the channels inside the 3x3 and one head, as the
+    paper's GFLOPs say (NOTES.md); 16 groups if they divide; no biases in W_q, W_k, W_v. Nothing is distilled.
     """
     def __init__(self, config, i=0):
         super().__init__()
@@ -245,7 +245,7 @@ def scan_order(grid, i):
     return order.flip(0) if i % 2 else order
 
 class GatedLinear(nn.Module):
-    """DiG (its paper and code): gated linear attention along a scan. Causal, without a denominator.
+    """DiG (its public code): gated linear attention along a scan. Causal, without a denominator.
 
     Queries and keys have half the width; log a = logsigmoid(W_2 W_1 x) / 16, of rank 16; each head's output passes an
     RMSNorm and a SiLU gate.
@@ -475,6 +475,7 @@ def variant(name, base):
     attention, feed_forward, width = MODELS[name]
     if base.hidden_size < 256: width //= 2  # so that a small model has several heads as well
     heads = max(1, base.hidden_size // width) if width else 1
+    # with one or two heads MoH has nothing to route
     config = Baseline(**asdict(base), attention=attention, feed_forward=feed_forward, heads=heads,
                       shared_heads=heads // 2, routed_heads=max(1, heads // 4))
     side = min(16, base.input_size // base.patch_size)  # the paper keeps at 512 pixels the blocks it has at 256
