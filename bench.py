@@ -5,6 +5,9 @@
     python bench.py --dtype bfloat16 --plot bench.png
     python bench.py --step                   # a training step of S/2, with and without the fused op
     python bench.py --memory                 # what a training step of S/2 keeps; --no-fused for the Python path
+    python bench.py --flops                  # multiply-adds of every compared model beside the paper's GFLOPs
+
+--step and --memory take every --preset, those of baselines.py too.
 
 All of them run in one process, in turn, so that whatever else the machine does hits them alike; a cell is the median of
 --repeats calls and, behind it, the fastest. The error is the largest one of output and gradients against float64,
@@ -19,13 +22,15 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import dydilit
-from dydilit import PRESETS, Diffusion, DyDiLiT, dydila_attention
+from baselines import multiply_adds, preset
+from dydilit import Diffusion, dydila_attention
 
 # (B, N, D, n_F = n_D)
 CPU_SIZES = [(8, 256, 384, 9), (2, 1024, 768, 21), (1, 4096, 768, 21)]
@@ -190,8 +195,8 @@ def saved_by(model, run):
 
 def training(name, batch):
     """A model, its optimiser, and a function that computes the loss of a batch."""
-    config = PRESETS[name]
-    model, size = DyDiLiT(config), (batch, config.in_channels, config.input_size, config.input_size)
+    config = preset(name)
+    model, size = config.build(), (batch, config.in_channels, config.input_size, config.input_size)
     x, noise, y, t = torch.randn(size), torch.randn(size), torch.arange(batch), torch.arange(batch) * 60 % 1000
     print(f"{name}, {(config.input_size // config.patch_size) ** 2} tokens, {batch} images, float32\n")
     return model, torch.optim.AdamW(model.parameters(), fused=True), lambda: sum(
@@ -241,6 +246,34 @@ def training_step(name, batch, repeats):
     for e in events[:12]: print(f"| `{e.key}` | {e.self_cpu_time_total / total:.1%} |")
 
 
+# The paper's GFLOPs columns: (table, pixels, size): {model: printed}. Table 5 is "S, map-wise"; no other table has one.
+PAPER_GFLOPS = {
+    ("1", 256, "S/2"): {"DiT": 6.06, "DiG": 5.92, "PixArt": 5.78, "EDiT": 5.91, "Sana": 5.97, "DyDi-LiT": 5.98},
+    ("1", 256, "B/2"): {"DiT": 10.50, "DiG": 10.43, "PixArt": 10.13, "EDiT": 10.45, "Sana": 10.38, "DyDi-LiT": 10.39},
+    ("1", 256, "L/2"): {"DiT": 23.01, "DiG": 23.58, "PixArt": 22.45, "EDiT": 23.39, "Sana": 22.83, "DyDi-LiT": 22.85},
+    ("2", 512, "L/2"): {"DiT": 106.42, "DiG": 94.15, "PixArt": 97.38, "EDiT": 96.17, "Sana": 98.46, "DyDi-LiT": 98.55},
+    ("5", 256, "S/2"): {"map-wise": 6.45, "ladder-4-difference": 5.98},
+    (None, 256, "S/2"): {"MoH": None, "LiT": None, "FLatten": None},  # Table 3 has no column; FLatten is no model there
+}
+
+
+def counted(pixels, size, model):
+    """(blocks, billions of multiply-adds that the paper's columns count, those that they leave out)."""
+    config = preset(size if model == "DyDi-LiT" else f"{model}-{size}")
+    return config.depth, *(x / 1e9 for x in multiply_adds(replace(config, input_size=pixels // 8)))
+
+
+def flops():
+    """What baselines.multiply_adds says of every compared model, as Markdown."""
+    print("| table | model | blocks | paper | counted | | left out | total |\n|---|---|---:|---:|---:|---:|---:|---:|")
+    for (table, pixels, size), models in PAPER_GFLOPS.items():
+        for model, printed in models.items():
+            depth, gflops, left_out = counted(pixels, size, model)
+            shown, error = (f"{printed:.2f}", f"{gflops / printed - 1:+.2%}") if printed else ("", "")
+            print(f"| {table or ''} | {model}, {size}, {pixels} px | {depth} | {shown} | {gflops:.2f} | {error} | "
+                  f"{f'{left_out:.2f}' if left_out else ''} | {gflops + left_out:.2f} |")
+
+
 def machine(device):
     if device == "cuda": return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -258,10 +291,14 @@ def main():
     parser.add_argument("--plot", metavar="FILE", help="also draw time against N")
     parser.add_argument("--step", action="store_true", help="a training step, with and without the fused op")
     parser.add_argument("--memory", action="store_true", help="the memory of a training step, and what keeps it")
+    parser.add_argument("--flops", action="store_true", help="multiply-adds beside the paper's GFLOPs")
     parser.add_argument("--no-fused", action="store_true", help="as if the fused op had not been built")
-    parser.add_argument("--preset", default="S/2", choices=PRESETS, help="of --step and --memory (default %(default)s)")
+    parser.add_argument("--preset", default="S/2", help="of --step and --memory (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="of --step and --memory (default %(default)s)")
     args = parser.parse_args()
+    if args.flops: return flops()
+    try: preset(args.preset)
+    except ValueError as e: parser.error(str(e))
     if args.threads: torch.set_num_threads(args.threads)
     if args.no_fused: dydilit.FUSED_DEVICES = ()
     elif not dydilit.FUSED_DEVICES:

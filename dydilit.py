@@ -64,11 +64,13 @@ class Config:
     router_grad: bool = True  # straight-through gradient for the routers; off leaves them at their initial values
 
     def __post_init__(self):
-        check_fields(self, positive=[field.name for field in fields(self)])
+        check_fields(self, positive=[field.name for field in fields(Config)])
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 (2-D sin-cos positions)")
         if self.input_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide input_size {self.input_size}")
+
+    def build(self): return DyDiLiT(self)  # baselines.py has configurations that build another network
 
 # S, B, L: Sec. 4.1 of the paper; at 512 pixels L/2 takes input_size=64. The others are ours, for pixels.
 PRESETS = {
@@ -163,10 +165,8 @@ def linear_attention(q, k, v, normalize=True, eps=1e-6, tokens_first=None):
     norm_q, norm_k = (torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (q, k))
     return out / (torch.maximum(den, 1e-3 * norm_q * norm_k.sum(-2, keepdim=True)) + eps)
 
-def dydila_attention(
-    q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
-    *, normalize=True, router_grad=True, eps=1e-6, backend="auto",
-):
+def dydila_attention(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
+                     *, normalize=True, router_grad=True, eps=1e-6, backend="auto"):
     """Everything of DyDiLA between the projections and the convolution: Eqs. 5 to 8.
 
     q, k, q_prime, k_prime, v (B, N, D); gamma (n_F,); lam (n_D,); kernel_routers (4, D, n_F) for Q, K, Q', K' in this
@@ -381,13 +381,13 @@ class LabelEmbedder(nn.Module):
 
 class Block(nn.Module):
     """adaLN-Zero (Peebles & Xie 2023): each branch is shifted, scaled and gated by the condition c (B, D)."""
-    def __init__(self, config):
+    def __init__(self, config, attn=None, mlp=None):
         super().__init__()
         D = config.hidden_size
         self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.attn = DyDiLA(config)
+        self.attn = attn or DyDiLA(config)
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.mlp = GLUMBConv(D)
+        self.mlp = mlp or GLUMBConv(D)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x, c, grid):
@@ -410,7 +410,7 @@ class FinalLayer(nn.Module):
 
 class DyDiLiT(nn.Module):
     """The network: model(x (B, C, H, W), t (B,), y (B,)) -> (B, 2C, H, W), the noise and the variance's weight v."""
-    def __init__(self, config):
+    def __init__(self, config, blocks=None):
         super().__init__()
         self.config = config
         side = config.input_size // config.patch_size
@@ -419,7 +419,7 @@ class DyDiLiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.register_buffer("pos_embed", position_embedding(self.grid, config.hidden_size).unsqueeze(0))
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList(blocks or [Block(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config)
         initialize(self)
 
@@ -728,7 +728,7 @@ def train(config, training, resume=False, on_step=None):
     micro = training.micro_batch or share
     if training.batch_size % world or share % micro:
         raise ValueError(f"batch_size {training.batch_size} must divide by {world} processes, their share by {micro=}")
-    model, ema = DyDiLiT(config).to(device), DyDiLiT(config).to(device).requires_grad_(False)
+    model, ema = config.build().to(device), config.build().to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=training.lr, weight_decay=0.0, fused=True)
@@ -741,8 +741,8 @@ def train(config, training, resume=False, on_step=None):
         ckpt = load_checkpoint(ckpt_path)  # the data go by their name: their folder may have moved
         now, then = (asdict(config) | asdict(training), data.meta), (ckpt["config"] | ckpt["training"], ckpt["meta"])
         now, then = (x | {"data": meta["name"], "latent scaling": meta.get("scaling")} for x, meta in (now, then))
-        if differing := [k for k in now if k not in RESUMABLE and now[k] != then.get(k)]:
-            listed = ", ".join(f"{k} {then.get(k)!r} (now {now[k]!r})" for k in differing)
+        if differing := [k for k in then | now if k not in RESUMABLE and now.get(k) != then.get(k)]:
+            listed = ", ".join(f"{k} {then.get(k)!r} (now {now.get(k)!r})" for k in differing)
             raise ValueError(f"{ckpt_path} belongs to another configuration: {listed}")
         for part, state in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")): part.load_state_dict(ckpt[state])
         step = ckpt["step"]

@@ -3,14 +3,17 @@
     python sample_min.py                                     a grid of every class from out/digits/ckpt.pt
     python sample_min.py out/digits/ckpt.pt --classes 3 7 --cfg 2 --steps 100 --sampler ddim --seed 1 --out grid.png
     torchrun --nproc_per_node=2 sample_min.py --per-class 100 --out samples.npz      the work is shared
+    python sample_min.py DiT-XL-2-256x256.pt --classes 207 --cfg 4                   weights of facebookresearch/DiT
 
 Image i depends on the seed and on i, not on the batch size or the number of processes.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from dydilit import Config, Diffusion, DyDiLiT, distributed, load_checkpoint
+from baselines import Baseline
+from dydilit import Config, Diffusion, distributed, load_checkpoint
 
 class Progress:
     """A bar on the terminal's last line; where stderr is no terminal, a line now and then."""
@@ -39,11 +43,42 @@ class Progress:
         sys.stderr.flush()
 
 
-def load_model(path):
-    """A checkpoint's averaged weights as a model ready for sampling, and the checkpoint."""
-    ckpt = load_checkpoint(path)
-    model = DyDiLiT(Config(**ckpt["config"]))
-    model.load_state_dict(ckpt["ema"])
+def dit_checkpoint(path, heads=None):
+    """A bare state dict with the names of DiT (Peebles & Xie) as a checkpoint, its config from the shapes; or None.
+
+    Only the number of heads leaves no trace in the shapes: None takes that of DiT's own four widths.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        (D, channels, patch, _), N = state["x_embedder.proj.weight"].shape, state["pos_embed"].shape[1]
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        classes = len(state["y_embedder.embedding_table.weight"]) - 1
+    except Exception:  # load_checkpoint has said it better
+        return None
+    heads = heads or {384: 6, 768: 12, 1024: 16, 1152: 16}.get(D)  # S, B, L, XL
+    if heads is None:
+        raise ValueError(f"{path}: a width of {D} is none of DiT's own; --heads must say how many heads it has")
+    config = Baseline(input_size=math.isqrt(N) * patch, patch_size=patch, in_channels=channels, hidden_size=D,
+                      depth=depth, num_classes=classes, heads=heads)
+    return {"ema": state, "step": "?", "config": asdict(config), "meta": {"classes": [str(i) for i in range(classes)]}}
+
+
+def load_model(path, heads=None):
+    """A checkpoint's averaged weights as a model ready for sampling, and the checkpoint.
+
+    It may also be a state dict of DiT's; that is what `heads` is for.
+    """
+    try:
+        ckpt = load_checkpoint(path)
+    except ValueError:
+        ckpt = dit_checkpoint(path, heads)
+        if ckpt is None: raise
+    kind = Baseline if "attention" in ckpt["config"] else Config
+    model = kind(**ckpt["config"]).build()
+    try:
+        model.load_state_dict(ckpt["ema"])
+    except RuntimeError as e:  # a list of names over many lines
+        raise ValueError(f"{path}: the weights are not those of its model: {' '.join(str(e).split())[:200]}") from e
     return model.eval(), ckpt
 
 
@@ -112,6 +147,7 @@ def main():
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=250, help="images at a time (default %(default)s)")
+    parser.add_argument("--heads", type=int, help="of a DiT's state dict of another width than DiT's own four")
     parser.add_argument("--out", default="samples.png",
                         help="a .png grid, or .npz: arr_0 (N, H, W, C) and labels (default %(default)s)")
     args = parser.parse_args()
@@ -119,7 +155,7 @@ def main():
         raise ValueError("--per-class and --batch must be at least 1")
     if Path(args.out).suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {args.out}")
-    model, ckpt = load_model(args.checkpoint)
+    model, ckpt = load_model(args.checkpoint, args.heads)
     if not 1 <= (args.cfg_channels or 1) <= model.config.in_channels:
         raise ValueError(f"--cfg-channels must be between 1 and the model's {model.config.in_channels}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
     torchrun train_min.py                                        the digits, on whatever this machine has
     torchrun --nproc_per_node=8 train_min.py --preset S/2 --data data/NAME --out out/NAME --bf16
+    torchrun train_min.py --preset DiT-digits                    another model of the same size (baselines.py)
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_min.py ...
 
 `python train_min.py` works too. Every field of Config and Training is a flag; its default is the preset's.
@@ -14,7 +15,7 @@ import re
 import runpy
 import shlex
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from inspect import getsource
 from pathlib import Path
 
@@ -22,28 +23,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dydilit import (
-    PRESETS,
-    Config,
-    Training,
-    distributed,
-    train,
-)
+from baselines import VARIANTS, preset
+from dydilit import PRESETS, Training, distributed, train
 from eval_min import report
 from sample_min import Progress, generate, load_model, save_grid
 
-# Goes with the model of the same name in PRESETS; one that is not listed takes Training(), the paper's ImageNet-1K run.
+# Goes with the model of the same name in PRESETS and with its variants; one that is not listed takes Training(), the
+# paper's ImageNet-1K run.
 RECIPES = {
     "digits": Training(data="data/digits", out="out/digits", steps=3000, batch_size=64, lr=2e-3, warmup=50, decay=0.3,
                        ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=500),
 }
-
-
-def preset(table: dict, name: str):
-    """table[name]; an unknown name is a ValueError that lists the known ones."""
-    if name not in table:
-        raise ValueError(f"unknown preset {name!r}; known: {', '.join(table)}")
-    return table[name]
 
 
 def override(config, **values):
@@ -55,18 +45,23 @@ def override(config, **values):
 
 
 def help_lines(config_class):
-    """{field: the comment behind it}, so that the command line says what the source says."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", getsource(config_class), re.MULTILINE))
+    """{field: the comment behind it}, so that the command line says what the source says; inherited fields too."""
+    sources = "".join(getsource(c) for c in config_class.__mro__ if is_dataclass(c))
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", sources, re.MULTILINE))
 
 
 def parse(argv):
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="digits")
     name = first.parse_known_args(argv)[0].preset
-    config, training = preset(PRESETS, name), RECIPES.get(name, Training())
+    config, training = preset(name), RECIPES.get(name.rpartition("-")[2], Training())
+    if name not in PRESETS:  # a variant does not train where the model that it is compared with does
+        training = replace(training, out=f"out/{name.replace('/', '-')}")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--preset", default="digits", help=f"{', '.join(PRESETS)} (default digits)")
+    parser.add_argument("--preset", default="digits",
+                        help=f"{', '.join(PRESETS)} (default digits); or one of these behind a variant of baselines.py "
+                             f"and a hyphen, such as DiT-S/2: {', '.join(VARIANTS)}")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     for title, part in (("model", config), ("training", training)):
         group, texts = parser.add_argument_group(f"{title}, {name}"), help_lines(type(part))
@@ -83,7 +78,7 @@ def parse(argv):
     args = vars(parser.parse_args(argv))
     given = {k: v for k, v in args.items() if v is not None}
     training = override(training, **{f.name: given[f.name] for f in fields(Training) if f.name in given})
-    config = override(config, **{f.name: given[f.name] for f in fields(Config) if f.name in given})
+    config = override(config, **{f.name: given[f.name] for f in fields(config) if f.name in given})
     if args["samples"] < 0 or args["samples"] == 1 or not 2 <= args["sampling_steps"] <= 1000:  # not after hours
         raise ValueError("--samples must be 0 or at least 2, --sampling-steps between 2 and 1000")
     return config, training, argparse.Namespace(**args)

@@ -545,13 +545,13 @@ def test_a_wrong_field_is_an_error(fields, message):
 
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match=r"unknown preset 'XL/2'; known: S/2, B/2, L/2, "):
-        preset(PRESETS, "XL/2")
+        preset("XL/2")
     with pytest.raises(ValueError, match=r"unknown field 'width' of Config; known: input_size, .*router_grad$"):
         override(PRESETS["S/2"], depth=3, width=9)
 
 
 def test_override_makes_another_config():
-    changed = override(preset(PRESETS, "B/2"), depth=3, normalize=False)
+    changed = override(preset("B/2"), depth=3, normalize=False)
     assert (changed.depth, changed.normalize, changed.hidden_size) == (3, False, 512)
     assert PRESETS["B/2"].depth == 9 and PRESETS["B/2"].normalize
     with pytest.raises(FrozenInstanceError):
