@@ -306,7 +306,7 @@ class DyDiLA(nn.Module):
         self.difference_routers = nn.Parameter(torch.empty(2, 2 * D, n_D), requires_grad=self.router_grad)
         self.dwc = DWC(D)
         self.proj = nn.Linear(D, D)
-        self.backend = "auto"
+        self.backend, self.dtype = "auto", None  # dtype: of what the attention reads; None: as the projections give it
         initialize(self)
 
     def forward(self, x, grid):
@@ -316,7 +316,8 @@ class DyDiLA(nn.Module):
         q_prime = routed_projection(x, self.q_projectors, self.q_projector_router, self.router_grad)
         k_prime = routed_projection(x, self.k_projectors, self.k_projector_router, self.router_grad)
         o = dydila_attention(
-            q, k, q_prime, k_prime, v, self.gamma, self.lam, self.kernel_routers, self.difference_routers,
+            *(z.to(self.dtype or z.dtype) for z in (q, k, q_prime, k_prime, v)), self.gamma, self.lam,
+            self.kernel_routers, self.difference_routers,
             normalize=self.normalize, router_grad=self.router_grad, backend=self.backend,
         )
         return self.proj(o + self.dwc(v, grid))  # Eq. 9
@@ -519,7 +520,8 @@ class Diffusion:
 
     def at(self, name, t, x):
         """The table's values at t (B,), float64 until here, shaped to multiply x (B, C, H, W)."""
-        return self.tables[name].to(t.device)[t].to(x.dtype).view(-1, 1, 1, 1)
+        self.tables[name] = self.tables[name].to(t.device)  # once
+        return self.tables[name][t].to(x.dtype).view(-1, 1, 1, 1)
 
     def q_sample(self, x0, t, noise):
         """A draw from q(x_t | x_0) = N(sqrt(abar_t) x_0, 1 - abar_t)."""
@@ -569,23 +571,23 @@ class Diffusion:
             raise ValueError(f"labels must be in 0 .. {config.num_classes - 1}, got {int(y.min())} .. {int(y.max())}")
         generators = [generator(seed, SAMPLE, i) for i in index]
         shape = (config.in_channels, config.input_size, config.input_size)
-        def gaussian():
-            return torch.stack([torch.from_numpy(g.standard_normal(shape, np.float32)) for g in generators]).to(device)
+        def draw(): return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators]))
         guided = with_guidance(model, cfg, cfg_channels or config.in_channels)
-        x = gaussian()
-        for s in reversed(range(len(self.timesteps))):
-            t = torch.full_like(y, s)
-            eps, v = guided(x, self.timesteps.to(device)[t], y).to(x.dtype).chunk(2, dim=1)
-            if sampler == "ddpm":
-                mean, log_variance = self.p_mean_variance(eps, v, x, t, clip)
-                x = mean + (0.5 * log_variance).exp() * gaussian() if s else mean
-            else:  # the deterministic path of Song et al. 2021
-                x0 = self.predict_x0(eps, x, t)
-                if clip:
-                    x0 = x0.clamp(-1, 1)
-                    eps = (x - self.at("sqrt_abar", t, x) * x0) / self.at("sqrt_1m_abar", t, x)
-                x = self.at("sqrt_previous", t, x) * x0 + self.at("sqrt_1m_previous", t, x) * eps
-            if on_step: on_step()
+        with ThreadPoolExecutor(1) as pool:  # draws the next step's noise during this one
+            x, noise = draw().to(device), pool.submit(draw)
+            for s in reversed(range(len(self.timesteps))):
+                t = torch.full_like(y, s)
+                eps, v = guided(x, self.timesteps.to(device)[t], y).to(x.dtype).chunk(2, dim=1)
+                if sampler == "ddpm":
+                    x, log_variance = self.p_mean_variance(eps, v, x, t, clip)
+                    if s: x, noise = x + (0.5 * log_variance).exp() * noise.result().to(device), pool.submit(draw)
+                else:  # the deterministic path of Song et al. 2021
+                    x0 = self.predict_x0(eps, x, t)
+                    if clip:
+                        x0 = x0.clamp(-1, 1)
+                        eps = (x - self.at("sqrt_abar", t, x) * x0) / self.at("sqrt_1m_abar", t, x)
+                    x = self.at("sqrt_previous", t, x) * x0 + self.at("sqrt_1m_previous", t, x) * eps
+                if on_step: on_step()
         return x
 
 def discretized_log_likelihood(x, mean, log_scale):

@@ -1,19 +1,24 @@
-"""Sample from a checkpoint.
+"""Sample from a model.
 
     python sample_min.py                                     a grid of every class from out/digits/ckpt.pt
     python sample_min.py out/digits/ckpt.pt --classes 3 7 --cfg 2 --steps 100 --sampler ddim --seed 1 --out grid.png
-    torchrun --nproc_per_node=2 sample_min.py --per-class 100 --out samples.npz      the work is shared
+    torchrun --nproc_per_node=8 sample_min.py CKPT --images 50000 --labels random --steps 250 --out samples.npz
+    python sample_min.py CKPT --export DIR                   its averaged weights, as model.safetensors and config.json
     python sample_min.py DiT-XL-2-256x256.pt --classes 207 --cfg 4                   weights of facebookresearch/DiT
 
-Image i depends on the seed and on i, not on the batch size or the number of processes.
+Image i depends on the seed and on i, not on the number of processes. An .npz goes on where it stopped when the same
+command is started again. Latents are decoded by the autoencoder that their data set names.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import os
+import shutil
 import sys
 import time
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +26,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from baselines import Baseline
-from dydilit import Config, Diffusion, distributed, load_checkpoint
+from dydilit import Diffusion, DyDiLA, distributed, generator
+from load import Decoder, export, load_model
+
+LABELS = 4  # a purpose of `generator`, beside those of dydilit.py
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Progress:
     """A bar on the terminal's last line; where stderr is no terminal, a line now and then."""
@@ -43,77 +52,93 @@ class Progress:
         sys.stderr.flush()
 
 
-def dit_checkpoint(path, heads=None):
-    """A bare state dict with the names of DiT (Peebles & Xie) as a checkpoint, its config from the shapes; or None.
+# ---------------------------------------------------------------------------------------------------------------------
+# Many images.
 
-    Only the number of heads leaves no trace in the shapes: None takes that of DiT's own four widths.
+
+def generate(model, labels, index, decode, *, cfg, cfg_channels, steps, sampler, seed, dtype="float32", on_step=None):
+    """Images number `index` (a range) of the set whose labels are (n,): uint8 (len(index), H, W, C)."""
+    y = labels[index.start : index.stop].to(next(model.parameters()).device)
+    with torch.autocast(y.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        x = Diffusion(steps).sample(model, y, index, seed=seed, cfg=cfg, cfg_channels=cfg_channels, sampler=sampler,
+                                    clip=decode.vae is None, on_step=on_step)
+    return decode(x).cpu().numpy()
+
+
+@contextmanager
+def unfinished(out, settings, n, shape, batch):
+    """The folder `out`.partial, laid out by the first process: settings.json, images (n rows), done (a byte a chunk).
+
+    ValueError if other settings began it. OSError if the disk has no room.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        (D, channels, patch, _), N = state["x_embedder.proj.weight"].shape, state["pos_embed"].shape[1]
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        classes = len(state["y_embedder.embedding_table.weight"]) - 1
-    except Exception:  # load_checkpoint has said it better
-        return None
-    heads = heads or {384: 6, 768: 12, 1024: 16, 1152: 16}.get(D)  # S, B, L, XL
-    if heads is None:
-        raise ValueError(f"{path}: a width of {D} is none of DiT's own; --heads must say how many heads it has")
-    config = Baseline(input_size=math.isqrt(N) * patch, patch_size=patch, in_channels=channels, hidden_size=D,
-                      depth=depth, num_classes=classes, heads=heads)
-    return {"ema": state, "step": "?", "config": asdict(config), "meta": {"classes": [str(i) for i in range(classes)]}}
+    rank, world, _ = distributed()
+    folder, error = Path(f"{out}.partial"), [None]
+    if rank == 0:
+        try:
+            then = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").exists() else None
+            if then is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                need, free = 2 * n * math.prod(shape), shutil.disk_usage(folder).free
+                if need > free: raise OSError(f"{out} needs {need / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left")
+                (folder / "done").write_bytes(bytes(-(-n // batch)))
+                np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, *shape))  # zeros, no room yet
+                (folder / "settings.json").write_text(json.dumps(settings))
+            elif then != settings:
+                differing = ", ".join(f"{k} {then.get(k)!r} (now {settings.get(k)!r})" for k in then | settings
+                                      if then.get(k) != settings.get(k))
+                raise ValueError(f"{folder} was begun with other settings: {differing}; delete it or choose another "
+                                 "--out")
+        except (OSError, ValueError) as e: error = [e]
+    if world > 1: dist.broadcast_object_list(error)
+    if error[0]: raise error[0]
+    done = np.frombuffer((folder / "done").read_bytes(), np.uint8)
+    if world > 1: dist.barrier()  # nobody marks before all have looked
+    with open(folder / "images.npy", "r+b") as images, open(folder / "done", "r+b") as flags:
+        offset = np.load(folder / "images.npy", mmap_mode="r").offset
+        def put(chunk, x):  # by ordinary writes: on a full disk they raise, a memory map would end the process
+            images.seek(offset + chunk * batch * math.prod(shape))
+            images.write(x.tobytes())
+            images.flush()
+            os.fsync(images.fileno())
+            flags.seek(chunk)
+            flags.write(b"\1")
+            flags.flush()
+        yield np.flatnonzero(done == 0), put
 
 
-def load_model(path, heads=None):
-    """A checkpoint's averaged weights as a model ready for sampling, and the checkpoint.
+def sample_to(out, model, labels, settings, decode, batch=250):
+    """Images for the labels (n,) into the .npz `out`: arr_0 uint8 (n, H, W, C), labels, and the settings as JSON.
 
-    It may also be a state dict of DiT's; that is what `heads` is for.
+    The unit of work is a chunk of `batch` images, made by one process. So neither the number of processes nor an
+    interruption, after which it goes on, changes a byte; another batch may, by rounding: a grey level here and there.
     """
-    try:
-        ckpt = load_checkpoint(path)
-    except ValueError:
-        ckpt = dit_checkpoint(path, heads)
-        if ckpt is None: raise
-    kind = Baseline if "attention" in ckpt["config"] else Config
-    model = kind(**ckpt["config"]).build()
-    try:
-        model.load_state_dict(ckpt["ema"])
-    except RuntimeError as e:  # a list of names over many lines
-        raise ValueError(f"{path}: the weights are not those of its model: {' '.join(str(e).split())[:200]}") from e
-    return model.eval(), ckpt
-
-
-def to_uint8(x):
-    """(B, C, H, W) in [-1, 1] -> (B, H, W, C) uint8, with DiT's rounding."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def generate(model, labels, *, steps, batch=250, cfg_channels=None, **how):
-    """Images (n, H, W, C) uint8 for the labels (n,), shared among the processes; None on all ranks but the first.
-
-    steps is the number of sampling steps; `how` goes to Diffusion.sample (seed, cfg, sampler). Four channels are taken
-    for latents: guided on three of them (cfg_channels=None) and not clipped, as in DiT.
-    """
-    latents = model.config.in_channels == 4
-    how |= {"clip": not latents, "cfg_channels": cfg_channels or (3 if latents else None)}
     rank, world, device = distributed()
-    mine = torch.arange(len(labels))[rank::world]
-    model, diffusion = model.to(device), Diffusion(steps)
-    progress = Progress("sample", steps * -(-len(mine) // batch), quiet=rank > 0)
-    images = np.empty((len(mine), model.config.input_size, model.config.input_size, model.config.in_channels), np.uint8)
-    for first in range(0, len(mine), batch):
-        index = mine[first : first + batch]
-        x = diffusion.sample(model, labels[index].to(device), index.tolist(), on_step=progress, **how)
-        images[first : first + batch] = to_uint8(x).cpu().numpy()
-    if world == 1:
-        return images
-    parts = [None] * world if rank == 0 else None
-    dist.gather_object(images, parts)
+    n, model = len(labels), model.to(device)
+    how = {k: settings[k] for k in ("cfg", "cfg_channels", "steps", "sampler", "seed", "dtype")}
+    record = settings | {"n": n, "batch": batch, "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}
+    with unfinished(out, record, n, decode.shape, batch) as (todo, put):
+        mine = todo[rank::world].tolist()
+        progress = Progress("sample", max(1, settings["steps"] * len(mine)), quiet=rank > 0)
+        for chunk in mine:
+            index = range(chunk * batch, min(n, (chunk + 1) * batch))
+            put(chunk, generate(model, labels, index, decode, **how, on_step=progress))
     if rank > 0:
-        return None
-    whole = np.empty((len(labels), *images.shape[1:]), np.uint8)
-    for r, part in enumerate(parts):
-        whole[r::world] = part
-    return whole
+        return
+    folder, beside = Path(f"{out}.partial"), Path(f"{out}.tmp.npz")
+    while 0 in (folder / "done").read_bytes(): time.sleep(0.5)  # not a barrier: the others may take hours yet
+    try:  # the memory map is copied piece by piece
+        np.savez(beside, arr_0=np.load(folder / "images.npy", mmap_mode="r"), labels=labels.numpy(),
+                 settings=np.array(json.dumps(settings)))
+        os.replace(beside, out)
+    finally: beside.unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def settings_in(npz, n):
+    """The settings that a file of sample_to's was made with, if it holds n images; or None."""
+    try:
+        with np.load(npz) as made: return json.loads(str(made["settings"])) if len(made["labels"]) == n else None
+    except (OSError, ValueError, KeyError): return None
 
 
 def save_grid(path, images, columns):
@@ -127,6 +152,10 @@ def save_grid(path, images, columns):
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
 def labels_for(classes, names):
     """Label numbers for what was asked: numbers or names; all classes for an empty list."""
     known = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
@@ -135,11 +164,36 @@ def labels_for(classes, names):
     return [known[c] for c in classes] or list(range(len(names)))
 
 
+def many_labels(classes, num, how, seed):
+    """`num` labels out of `classes`: each in turn ("balanced"), or drawn, label i from (seed, i) alone ("random")."""
+    if how == "balanced":
+        return torch.tensor(classes)[torch.arange(num) % len(classes)]
+    return torch.tensor([classes[generator(seed, LABELS, i).integers(len(classes))] for i in range(num)])
+
+
+def settings_of(model, ckpt, *, cfg, steps, seed, sampler="ddpm", cfg_channels=None, vae=None, dtype="float32",
+                attention_dtype=None):
+    """What decides the images, but for the labels: a dict for JSON, kept beside them. Defaults depend on the model."""
+    digest, latents = hashlib.sha256(), "scaling" in ckpt["meta"]
+    for _, z in sorted(ckpt["ema"].items()): digest.update(z.contiguous().cpu().numpy())
+    return {"model": getattr(model.config, "attention", "dydila"), "weights": digest.hexdigest()[:16],
+            "step": ckpt["step"], "data": ckpt["meta"].get("name"), "cfg": cfg,
+            "cfg_channels": cfg_channels or (3 if latents else None), "steps": steps, "sampler": sampler,
+            "seed": seed, "dtype": dtype, "attention_dtype": attention_dtype,
+            "vae": (vae or ckpt["meta"]["vae"]) if latents else None}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", default="out/digits/ckpt.pt", help="default: %(default)s")
+    parser.add_argument("checkpoint", nargs="?", default="out/digits/ckpt.pt",
+                        help="of train_min.py, or a folder of --export, or DiT's weights (default: %(default)s)")
+    parser.add_argument("--out", default="samples.png",
+                        help="a .png grid, or .npz: arr_0 (N, H, W, C), labels, settings (default %(default)s)")
     parser.add_argument("--classes", nargs="+", default=[], help="numbers or names; default: every class")
     parser.add_argument("--per-class", type=int, default=8, help="images of each class (default %(default)s)")
+    parser.add_argument("--images", type=int, help="images in all, instead of --per-class")
+    parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
+                        help="of --images images: every class in turn, or drawn evenly (default %(default)s)")
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance scale, 1 is none (default %(default)s)")
     parser.add_argument("--cfg-channels", type=int,
                         help="how many channels to guide (default: 3 of 4 for latents, as DiT does, or else all)")
@@ -147,28 +201,48 @@ def main():
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=250, help="images at a time (default %(default)s)")
+    parser.add_argument("--vae", help="hub id or folder that decodes latents (default: what encoded the training data)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of the network's products, by autocast (default %(default)s)")
+    parser.add_argument("--attention-dtype", choices=DTYPES,
+                        help="of what the attention reads (default: what the projections give)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--heads", type=int, help="of a DiT's state dict of another width than DiT's own four")
-    parser.add_argument("--out", default="samples.png",
-                        help="a .png grid, or .npz: arr_0 (N, H, W, C) and labels (default %(default)s)")
+    parser.add_argument("--export", metavar="DIR", help="write the averaged weights there, and sample nothing")
     args = parser.parse_args()
-    if args.per_class < 1 or args.batch < 1:
-        raise ValueError("--per-class and --batch must be at least 1")
+    if min(args.per_class, args.batch, 1 if args.images is None else args.images) < 1:
+        raise ValueError("--per-class, --images and --batch must be at least 1")
     if Path(args.out).suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {args.out}")
     model, ckpt = load_model(args.checkpoint, args.heads)
+    if args.export:
+        export(ckpt, Path(args.export))
+        return print(f"{args.export}: model.safetensors, config.json of step {ckpt['step']}")
     if not 1 <= (args.cfg_channels or 1) <= model.config.in_channels:
         raise ValueError(f"--cfg-channels must be between 1 and the model's {model.config.in_channels}")
+    Diffusion(args.steps)  # a wrong number is an error now
+    classes = labels_for(args.classes, ckpt["meta"]["classes"])
+    labels = (many_labels(classes, args.images, args.labels, args.seed) if args.images else
+              torch.tensor(classes).repeat_interleave(args.per_class))
+    given = ("cfg", "steps", "seed", "sampler", "cfg_channels", "vae", "dtype", "attention_dtype")
+    settings = settings_of(model, ckpt, **{k: getattr(args, k) for k in given})
+    rank, _, device = distributed()
+    npz = args.out if args.out.endswith(".npz") else f"{args.out}.npz"  # a grid is made of one, which does not stay
+    if Path(args.out).exists() and npz == args.out:
+        if settings_in(npz, len(labels)) != settings:
+            raise FileExistsError(f"{npz} exists, and not by this command; delete it, or choose another --out")
+        return print(f"{npz}: already there") if rank == 0 else None
+    decode = Decoder(model.config, settings["vae"], ckpt["meta"].get("scaling"), device)
+    for module in model.modules():
+        if isinstance(module, DyDiLA): module.dtype = DTYPES.get(args.attention_dtype)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    labels = torch.tensor(labels_for(args.classes, ckpt["meta"]["classes"])).repeat_interleave(args.per_class)
-    images = generate(model, labels, steps=args.steps, batch=args.batch, seed=args.seed, cfg=args.cfg,
-                      cfg_channels=args.cfg_channels, sampler=args.sampler)
-    if images is None:
+    sample_to(npz, torch.compile(model.to(device)) if args.compile else model, labels, settings, decode, args.batch)
+    if rank > 0:
         return
-    if args.out.endswith(".npz"):
-        np.savez(args.out, arr_0=images, labels=labels.numpy())
-    else:
-        save_grid(args.out, images, args.per_class)
-    print(f"{args.out}: {len(images)} images from step {ckpt['step']}, {args.sampler} {args.steps} steps, "
+    if npz != args.out:
+        with np.load(npz) as made: save_grid(args.out, made["arr_0"], args.per_class)
+        Path(npz).unlink()
+    print(f"{args.out}: {len(labels)} images from step {ckpt['step']}, {args.sampler} {args.steps} steps, "
           f"cfg {args.cfg}, seed {args.seed}")
 
 

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from baselines import VARIANTS, preset
 from dydilit import PRESETS, Training, distributed, train
 from eval_min import report
-from sample_min import Progress, generate, load_model, save_grid
+from load import Decoder, load_model
+from sample_min import Progress, sample_to, save_grid, settings_in, settings_of
 
 # Goes with the model of the same name in PRESETS and with its variants; one that is not listed takes Training(), the
 # paper's ImageNet-1K run.
@@ -113,7 +114,7 @@ def plot_loss(log_path, path):
 
 def main(argv):
     config, training, args = parse(argv)
-    rank = distributed()[0]
+    rank, _, device = distributed()
     config = fit_to_data(config, training, args.num_classes)
     again = f"{shlex.join(['torchrun', 'train_min.py', *(a for a in argv if a != '--resume')])} --resume"
     bar = Progress("train", training.steps, quiet=rank > 0)
@@ -124,20 +125,19 @@ def main(argv):
         sys.exit(130)
     if not args.samples:
         return
-    npz, ckpt = out / "samples.npz", out / "ckpt.pt"
-    if not npz.exists() or npz.stat().st_mtime < ckpt.stat().st_mtime:
-        model = load_model(ckpt)[0]
-        labels = torch.arange(args.samples) % config.num_classes
-        images = generate(model, labels, steps=args.sampling_steps, cfg=args.cfg, seed=training.seed)
-        if rank == 0:
-            columns = min(config.num_classes, 20)
-            save_grid(out / "samples.png", images[: 8 * columns], columns)
-            np.savez(npz, arr_0=images, labels=labels.numpy())  # last: it says that the sampling is done
+    npz, (model, ckpt), labels = out / "samples.npz", load_model(out / "ckpt.pt"), torch.arange(args.samples)
+    settings = settings_of(model, ckpt, cfg=args.cfg, steps=args.sampling_steps, seed=training.seed)
+    if settings_in(npz, args.samples) != settings:  # not made yet, or of other weights
+        decode = Decoder(config, settings["vae"], ckpt["meta"].get("scaling"), device)
+        sample_to(npz, model, labels % config.num_classes, settings, decode)
     if rank > 0:
         return
+    columns = min(config.num_classes, 20)
+    with np.load(npz) as made: save_grid(out / "samples.png", made["arr_0"][: 8 * columns], columns)
     plot_loss(out / "log.jsonl", out / "loss.png")
     print(f"wrote {out}/: ckpt.pt log.jsonl loss.png samples.npz samples.png")
-    print(report(npz, training.data))
+    if settings["vae"]: print(f"how good they are: python eval_min.py {npz} REFERENCE.npz")
+    else: print(report(npz, training.data))
 
 
 if __name__ == "__main__":

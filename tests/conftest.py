@@ -1,5 +1,6 @@
 """Every test starts from the same seed, runs on one thread, and imports dydilit from the repository root."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which would try again and again
 
 
 @pytest.fixture(autouse=True)

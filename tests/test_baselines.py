@@ -29,7 +29,7 @@ from test_model import (
 from torch.autograd import gradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from util import assert_close, attend, choose, power
+from util import assert_close, attend, choose, power, save_vae
 
 import baselines
 import bench
@@ -37,7 +37,7 @@ import dydilit
 import train_min
 from baselines import ATTENTIONS, LADDER, MODELS, VARIANTS, Baseline, attention_of, multiply_adds, preset, variant
 from dydilit import PRESETS, Config, Diffusion, DyDiLA, Training, train
-from sample_min import load_model
+from load import load_model
 
 pytestmark = pytest.mark.usefixtures("reference_path")  # but for one test of the fused op
 TINY = Config(input_size=8, in_channels=2, hidden_size=16, depth=2, n_projectors=2, n_kernels=3, n_lambdas=3,
@@ -712,10 +712,10 @@ def test_dits_own_widths_tell_their_heads(tmp_path, D, heads, monkeypatch):
 
 def test_sample_min_samples_from_a_dit_file(dit_file, tmp_path, script):
     code, stdout, _ = script("sample_min.py", dit_file[0], "--heads=3", "--steps=3", "--per-class=2",
-                             "--classes", "4", "1", f"--out={tmp_path}/s.npz")
+                             "--classes", "4", "1", f"--vae={save_vae(tmp_path / 'vae')}", f"--out={tmp_path}/s.npz")
     assert code == 0 and "4 images" in stdout
     with np.load(tmp_path / "s.npz") as npz:
-        assert npz["arr_0"].shape == (4, 8, 8, 4) and npz["labels"].tolist() == [4, 4, 1, 1]
+        assert npz["arr_0"].shape == (4, 16, 16, 3) and npz["labels"].tolist() == [4, 4, 1, 1]
     code, _, _ = script("sample_min.py", dit_file[0], f"--out={tmp_path}/s.npz")
     assert code.startswith("sample_min.py: error: ") and "--heads" in code
 

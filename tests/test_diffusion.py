@@ -10,7 +10,7 @@ from util import assert_close
 
 import dydilit
 from dydilit import Diffusion, discretized_log_likelihood, generator, respace, with_guidance
-from sample_min import to_uint8
+from load import to_uint8
 
 f64 = torch.float64
 T = 1000

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 import runpy
 import shlex
@@ -103,7 +102,7 @@ def test_finished_run_is_neither_trained_nor_sampled_again(finished, digits, scr
     assert again == stdout
 
 
-def test_samples_lost_or_older_than_the_checkpoint_are_made_anew(finished, digits, script, tmp_path):
+def test_samples_lost_or_of_other_weights_are_made_anew(finished, digits, script, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     with np.load(out / "samples.npz") as npz:
@@ -113,18 +112,20 @@ def test_samples_lost_or_older_than_the_checkpoint_are_made_anew(finished, digit
     assert script("train_min.py", *arguments)[0] == 0
     with np.load(out / "samples.npz") as npz:  # one process now, two before
         assert abs(npz["arr_0"].astype(int) - before).max() <= 1
-    (out / "samples.npz").write_bytes(b"old")
-    os.utime(out / "samples.npz", (0, 0))
-    assert script("train_min.py", *arguments)[0] == 0
     with np.load(out / "samples.npz") as npz:
-        assert len(npz["arr_0"]) == 40
+        other = dict(npz) | {"settings": np.array(str(npz["settings"]).replace('"weights": "', '"weights": "x'))}
+    for old in (b"cut short", other):  # samples of other weights
+        (out / "samples.npz").write_bytes(old) if old is not other else np.savez(out / "samples.npz", **other)
+        assert script("train_min.py", *arguments)[0] == 0
+        with np.load(out / "samples.npz") as npz:
+            assert len(npz["arr_0"]) == 40 and '"weights": "x' not in str(npz["settings"])
 
 
 def test_missing_digits_are_prepared_and_their_classes_counted(tmp_path, script, monkeypatch):
     (tmp_path / "data" / "digits").mkdir(parents=True)
     shutil.copy(ROOT / "data" / "digits" / "prepare.py", tmp_path / "data" / "digits")
     monkeypatch.chdir(tmp_path)
-    arguments = [a for a in TINY if not a.startswith("--num-classes")]
+    arguments = [a for a in TINY if not a.startswith("--images-classes")]
     assert script("train_min.py", *arguments, "--steps=1", "--samples=0", "--out=here")[0] == 0
     assert sorted(p.name for p in Path("here").iterdir()) == ["ckpt.pt", "log.jsonl"]
     assert torch.load("here/ckpt.pt")["config"]["num_classes"] == 10
@@ -178,7 +179,7 @@ def test_every_flag_reaches_its_field():
     (["--lr=-1"], "Training.lr must be"),
     (["--label-dropout=1.5"], "Training.label_dropout must be"),
     (["--steps=0"], "Training.steps must be"),
-    (["--num-classes=5"], "labels 0 .. 9, the model 5 classes"),
+    (["--images-classes=5"], "labels 0 .. 9, the model 5 classes"),
     (["--in-channels=3"], "but the model reads uint8 (3, 8, 8)"),
     (["--batch-size=10", "--micro-batch=3"], "batch_size 10 must divide by 1 processes"),
     (["--data=nowhere"], "no prepared data set in nowhere; make it: python data/imagefolder/prepare.py ROOT --size 8"),
@@ -242,10 +243,10 @@ def sample(script, zoo, tmp_path):
 
     def call(*arguments):
         out = tmp_path / "s.npz"
+        out.unlink(missing_ok=True)
         code, stdout, _ = script("sample_min.py", zoo, "--steps=4", "--per-class=2", f"--out={out}", *arguments)
         assert code == 0 and stdout.startswith(f"{out}: ")
         with np.load(out) as npz:
-            assert sorted(npz.files) == ["arr_0", "labels"]
             return npz["arr_0"], npz["labels"]
 
     return call
@@ -328,8 +329,9 @@ def test_save_grid_shows_latents_by_their_first_three_channels(tmp_path):
     (["--classes", "horse"], "unknown class 'horse'"),
     (["--steps=1"], "between 2 and 1000, got 1"),
     (["--steps=1001"], "between 2 and 1000, got 1001"),
-    (["--per-class=0"], "--per-class and --batch must be at least 1"),
-    (["--batch=0"], "--per-class and --batch must be at least 1"),
+    (["--per-class=0"], "--per-class, --images and --batch must be at least 1"),
+    (["--images=0"], "--per-class, --images and --batch must be at least 1"),
+    (["--batch=0"], "--per-class, --images and --batch must be at least 1"),
     (["--out=grid.jpg"], "--out must end in .png or .npz, got grid.jpg"),
     (["--seed=-1"], "key must be positive"),
 ])

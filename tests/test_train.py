@@ -34,7 +34,7 @@ from dydilit import (
     save_checkpoint,
     train,
 )
-from sample_min import load_model
+from load import load_model
 from train_min import override, preset
 
 @pytest.fixture(scope="module", autouse=True)

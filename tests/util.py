@@ -140,3 +140,19 @@ def random_op_inputs(
     arrays = {"q": q, "k": k, "q_prime": q_prime, "k_prime": k_prime, "v": rng.normal(size=(B, N, D)), "gamma": gamma,
               "lam": lam, "kernel_routers": kernel_routers, "difference_routers": difference_routers}
     return {name: torch.tensor(z).to(dtype) for name, z in arrays.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An autoencoder.
+
+
+def save_vae(path, seed=0, **config):
+    """A tiny diffusers.AutoencoderKL with random weights, which halves the size, saved as the folder `path`."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    two = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+           "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16,
+           "scaling_factor": 0.3}
+    AutoencoderKL(**(two | config)).save_pretrained(path)
+    return str(path)
