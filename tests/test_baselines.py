@@ -853,6 +853,8 @@ def test_an_unknown_variant_lists_the_known():
     ({"differential": "tokens"}, "unknown differential 'tokens'; known: none, token, map"),
     ({"heads": 5}, "5 heads do not divide hidden_size 384"),
     ({"heads": 0}, "0 heads do not divide"),
+    ({"heads": 2, "attention": "edit"}, "attention 'edit' has one head, got 2"),
+    ({"heads": 2, "attention": "ladder"}, "attention 'ladder' has one head, got 2"),
     ({"heads": 384, "attention": "gated"}, "384 heads do not divide"),
     ({"heads": 6, "attention": "moh", "shared_heads": 6}, "routed_heads 1 must be between 1 and the 6 heads less"),
     ({"heads": 6, "attention": "moh", "routed_heads": 0}, "routed_heads 0 must be"),
@@ -903,7 +905,8 @@ def test_a_checkpoint_says_which_model_it_is(name, digits, tmp_path, script):
     assert all(torch.equal(z, ckpt["ema"][key]) for key, z in model.state_dict().items())
     code, stdout, _ = script("sample_min.py", path, "--steps=3", "--per-class=1", f"--out={tmp_path}/s.npz")
     assert code == 0 and "10 images from step 6" in stdout
-    for other, field in ((CONFIG, "attention"), (replace(config, heads=2), "heads")):  # of another kind, of the same
+    # of another kind, of the same
+    for other, field in ((CONFIG, "attention"), (replace(config, normalize=False), "normalize")):
         with pytest.raises(ValueError, match=f"belongs to another configuration: .*{field} .* \\(now "):
             train(other, replace(run, steps=8), resume=True)
     assert train(config, replace(run, steps=7), resume=True) == 7
