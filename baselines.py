@@ -39,6 +39,8 @@ class Baseline(Config):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
         if self.heads < 1 or self.hidden_size % (self.heads * (2 if self.attention == "gated" else 1)):
             raise ValueError(f"{self.heads} heads do not divide hidden_size {self.hidden_size}")
+        if self.attention in ("edit", "ladder") and self.heads > 1:
+            raise ValueError(f"attention {self.attention!r} has one head, got {self.heads}")
         if self.attention == "moh" and not 1 <= self.routed_heads <= self.heads - self.shared_heads:
             raise ValueError(f"routed_heads {self.routed_heads} must be between 1 and the {self.heads} heads less the "
                              f"{self.shared_heads} shared ones")

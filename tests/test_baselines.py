@@ -332,6 +332,15 @@ def test_dig_is_the_recurrence_in_each_direction(i):
     compare("gated", attention("gated", i), dig_loop, i=i)
 
 
+def test_dig_starts_with_small_projections():
+    """Xavier with gain 2^-2.5, as its code has it; the feed-forward with gain 1."""
+    block = replace(variant("DiG", replace(TINY, hidden_size=128)), depth=1).build().blocks[0]
+    for layer in (block.attn.q_proj, block.attn.v_proj, block.attn.g_proj, block.attn.gk_proj[1], block.attn.o_proj):
+        assert abs(layer.weight.std() / (2 / sum(layer.weight.shape)) ** 0.5 / 2**-2.5 - 1) < 0.1
+    assert abs(block.mlp.down_proj.weight.std() / (2 / sum(block.mlp.down_proj.weight.shape)) ** 0.5 - 1) < 0.1
+    assert not block.attn.gk_proj[1].bias.any() and (block.attn.g_norm.weight == 1).all()
+
+
 def test_digs_convolution_follows_the_block_and_starts_as_the_identity():
     model = replace(variant("DiG", TINY), depth=1).build()
     block, x, c = model.blocks[0], torch.randn(2, 16, 16), torch.randn(2, 16)
@@ -585,7 +594,7 @@ def test_bfloat16_autocast_leaves_linear_attention_in_float32(name, monkeypatch)
 
     def recording(original):
         def call(*args, **how):
-            seen.update(z.dtype for z in args if isinstance(z, torch.Tensor))
+            seen.update((z.dtype, torch.is_autocast_enabled("cpu")) for z in args if isinstance(z, torch.Tensor))
             return original(*args, **how)
         return call
 
@@ -593,7 +602,7 @@ def test_bfloat16_autocast_leaves_linear_attention_in_float32(name, monkeypatch)
         monkeypatch.setattr(baselines, function, recording(getattr(baselines, function)))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x, t, y)
-    assert seen == (set() if name == "MoH" else {torch.float32})
+    assert seen == (set() if name == "MoH" else {(torch.float32, False)})
     assert out.isfinite().all() and (out - want).std() < 0.3 * want.std()
     out.float().square().mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -840,8 +849,12 @@ def test_an_unknown_variant_lists_the_known():
     ({"attention": "flash"}, "unknown attention 'flash'; known: softmax, kv-compressed, moh, .*, ladder"),
     ({"feed_forward": ""}, "unknown feed_forward ''; known: mlp, glumbconv, swiglu"),
     ({"kernel": "elu"}, "unknown kernel 'elu'; known: relu, focused, dynamic"),
+    ({"projection": "none"}, "unknown projection 'none'; known: shared, dynamic"),
+    ({"differential": "tokens"}, "unknown differential 'tokens'; known: none, token, map"),
     ({"heads": 5}, "5 heads do not divide hidden_size 384"),
     ({"heads": 0}, "0 heads do not divide"),
+    ({"heads": 2, "attention": "edit"}, "attention 'edit' has one head, got 2"),
+    ({"heads": 2, "attention": "ladder"}, "attention 'ladder' has one head, got 2"),
     ({"heads": 384, "attention": "gated"}, "384 heads do not divide"),
     ({"heads": 6, "attention": "moh", "shared_heads": 6}, "routed_heads 1 must be between 1 and the 6 heads less"),
     ({"heads": 6, "attention": "moh", "routed_heads": 0}, "routed_heads 0 must be"),
@@ -892,7 +905,8 @@ def test_a_checkpoint_says_which_model_it_is(name, digits, tmp_path, script):
     assert all(torch.equal(z, ckpt["ema"][key]) for key, z in model.state_dict().items())
     code, stdout, _ = script("sample_min.py", path, "--steps=3", "--per-class=1", f"--out={tmp_path}/s.npz")
     assert code == 0 and "10 images from step 6" in stdout
-    for other, field in ((CONFIG, "attention"), (replace(config, heads=2), "heads")):  # of another kind, of the same
+    # of another kind, of the same
+    for other, field in ((CONFIG, "attention"), (replace(config, normalize=False), "normalize")):
         with pytest.raises(ValueError, match=f"belongs to another configuration: .*{field} .* \\(now "):
             train(other, replace(run, steps=8), resume=True)
     assert train(config, replace(run, steps=7), resume=True) == 7
