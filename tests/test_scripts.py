@@ -125,7 +125,7 @@ def test_missing_digits_are_prepared_and_their_classes_counted(tmp_path, script,
     (tmp_path / "data" / "digits").mkdir(parents=True)
     shutil.copy(ROOT / "data" / "digits" / "prepare.py", tmp_path / "data" / "digits")
     monkeypatch.chdir(tmp_path)
-    arguments = [a for a in TINY if not a.startswith("--images-classes")]
+    arguments = [a for a in TINY if not a.startswith("--num-classes")]
     assert script("train_min.py", *arguments, "--steps=1", "--samples=0", "--out=here")[0] == 0
     assert sorted(p.name for p in Path("here").iterdir()) == ["ckpt.pt", "log.jsonl"]
     assert torch.load("here/ckpt.pt")["config"]["num_classes"] == 10
@@ -179,7 +179,7 @@ def test_every_flag_reaches_its_field():
     (["--lr=-1"], "Training.lr must be"),
     (["--label-dropout=1.5"], "Training.label_dropout must be"),
     (["--steps=0"], "Training.steps must be"),
-    (["--images-classes=5"], "labels 0 .. 9, the model 5 classes"),
+    (["--num-classes=5"], "labels 0 .. 9, the model 5 classes"),
     (["--in-channels=3"], "but the model reads uint8 (3, 8, 8)"),
     (["--batch-size=10", "--micro-batch=3"], "batch_size 10 must divide by 1 processes"),
     (["--data=nowhere"], "no prepared data set in nowhere; make it: python data/imagefolder/prepare.py ROOT --size 8"),
