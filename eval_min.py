@@ -112,8 +112,8 @@ def read_npz(file):
         more["settings"] = json.loads(str(more.get("settings", "{}")))
         if not isinstance(more["settings"], dict): raise ValueError("settings is not a JSON object")
         for mu, sigma, *_ in KINDS:
-            stored = [more[key] for key in (mu, sigma) if {mu, sigma} <= found]  # checked now: features take hours
-            if stored and (stored[1].shape != stored[0].shape * 2 or not all(np.isfinite(z).all() for z in stored)):
+            pair = [more[key] for key in (mu, sigma) if {mu, sigma} <= found]  # checked now: features can take hours
+            if pair and (pair[1].shape != pair[0].shape * 2 or not all(np.isfinite(z).all() for z in pair)):
                 raise ValueError(f"{mu} and {sigma} are no mean (D) and covariance (D x D), all finite")
         if not found & {"arr_0", "mu", "mu_s"}:
             raise ValueError(f"expected an array arr_0, found {', '.join(npz.files) or 'nothing'}")
@@ -147,14 +147,14 @@ def make_reference(images, file, network, batch=64):
 
     try:
         with zipfile.ZipFile(unfinished, "w") as z:
-            with z.open("arr_0.npy", "w", force_zip64=True) as f:
+            with z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:  # ZipInfo: undated
                 shape = (int(keep.sum()), *images.shape[1:3], 3)
                 np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
                 _, moments = extract(replace(images, rows=copied), network, batch, np.zeros_like(keep))
             arrays = {"channels": np.array(images.shape[3])}
             for (mu, sigma, *_), moment in zip(KINDS, moments): arrays[mu], arrays[sigma] = moment.result()
             for name, array in arrays.items():
-                with z.open(f"{name}.npy", "w", force_zip64=True) as f: np.lib.format.write_array(f, array)
+                with z.open(zipfile.ZipInfo(f"{name}.npy"), "w") as f: np.lib.format.write_array(f, array)
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def assess(fake, real, pixelwise, metrics=None, pca=None, weights=None, subset=N
     if strict and missing: raise ValueError(f"{'; '.join(missing.values())} (see --metrics, --kid-subset-size)")
     metrics = [metric for metric in metrics if metric not in missing]
 
-    network = pixels(real, chosen(m, MAX_FIT), pca) if pixelwise else inception(weights)
+    network = pixels(real, pca) if pixelwise else inception(weights)
     x, moments = extract(fake, network, batch, quiet=pixelwise)
     y = real_moments = [None, None]
     if not {*metrics} <= {"is", *stored}: y, real_moments = extract(real, network, batch, keep, quiet=pixelwise)
@@ -275,18 +275,16 @@ def main():
     option("samples", help=".npz with arr_0 (uint8, N x H x W x C), or a prepared folder")
     option("reference", nargs="?", help=".npz with arr_0, or with mu, sigma, mu_s, sigma_s, or a prepared folder")
     option("--make-reference", metavar="FILE", help="write a reference file of the first argument's images")
-    option("--features", choices=("inception", "pixels"),
-           help=f"default: pixels against a folder of at most {MAX_PIXELS} values an image, inception otherwise")
+    option("--features", choices=("inception", "pixels"), help="default: pixels against a folder of small images")
     option("--metrics", nargs="+", choices=NAMES, help=f"default: all; for pixels {', '.join(ON_PIXELS)}")
     option("--pca", type=int, metavar="N", help="with pixels: compare N principal components of them")
     option("--inception", metavar="FILE", help="torch-fidelity's weights; default: from its cache, or downloaded")
     option("--kid-subset-size", type=int, metavar="N", help="default: 1000; of pixels, fewer for small sets")
-    option("--pr-reference", type=int, metavar="N",
-           help=f"real images for KID, precision and recall; default: all of an .npz, {MAX_REAL} of a folder")
+    option("--pr-reference", type=int, metavar="N", help=f"real images kept; default: {MAX_REAL} of a folder, else all")
     option("--batch", type=int, default=64, metavar="N", help="images at a time (default %(default)s)")
     args = parser.parse_args()
     try:
-        if min(args.batch, args.pca or 1, args.pr_reference or 1, args.kid_subset_size or 1) < 1:
+        if any(x is not None and x < 1 for x in (args.batch, args.pca, args.pr_reference, args.kid_subset_size)):
             raise ValueError("--batch, --pca, --pr-reference and --kid-subset-size must be at least 1")
         if file := args.make_reference:
             return make_reference(open_images(args.samples), file, inception(args.inception), args.batch)

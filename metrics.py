@@ -57,26 +57,26 @@ def inception(weights=None):
     return network
 
 
-def pixels(real, mask, n=None):
-    """A network with one kind of features: pixels in 0..levels (H*W*C), or, with n, their n principal components,
-    fitted to the real images in the mask."""
-    scale, D = np.float32(real.more.get("levels", 255) / 255), int(np.prod(real.shape[1:]))
-    if not n: return lambda x: (x.reshape(-1, D) * scale,)
-    if n > min(D, mask.sum()):
-        raise ValueError(f"{n} principal components need as many real images and pixels, not {mask.sum()} of {D}")
-    examples, seen = [], 0
-    for x in real.rows(1024):
-        examples.append(x[mask[seen : seen + len(x)]].reshape(-1, D) * scale)
-        seen += len(x)
-    pca = PCA(n, random_state=0).fit(np.concatenate(examples))
-    return lambda x: (pca.transform(x.reshape(-1, D) * scale).astype(np.float32),)
-
-
 def chosen(n, most):
     """A fixed choice of at most `most` of n images, as a mask."""
     mask = np.zeros(n, bool)
     mask[np.random.default_rng(0).permutation(n)[:most]] = True
     return mask
+
+
+def pixels(real, n=None):
+    """A network with one kind of features: pixels in 0..levels (H*W*C), or, with n, their n principal components,
+    fitted to the real Images, at most MAX_FIT of them or 1 GiB."""
+    scale, D = np.float32(real.more.get("levels", 255) / 255), int(np.prod(real.shape[1:]))
+    if not n: return lambda x: (x.reshape(-1, D) * scale,)
+    mask, examples, seen = chosen(real.shape[0], min(MAX_FIT, 2**28 // D)), [], 0
+    if n > min(D, mask.sum()):
+        raise ValueError(f"{n} principal components need as many real images and pixels, not {mask.sum()} of {D}")
+    for x in real.rows(1024):
+        examples.append(x[mask[seen : seen + len(x)]].reshape(-1, D) * scale)
+        seen += len(x)
+    pca = PCA(n, random_state=0).fit(np.concatenate(examples))
+    return lambda x: (pca.transform(x.reshape(-1, D) * scale).astype(np.float32),)
 
 
 def extract(images, network, batch=64, keep=None, quiet=False):
