@@ -487,6 +487,24 @@ def test_pca_pixels_are_those_of_the_reference(data, real, tmp_path):
     with pytest.raises(ValueError, match="65 principal components"): ev.evaluate(real[0], None, data, pca=65)
 
 
+def test_pca_is_fitted_to_the_chosen_images(data, real, monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_FIT", 300)
+    x = real[0].reshape(1797, 64) * np.float32(16 / 255)
+    mask = metrics.chosen(1797, 300)
+    assert mask.sum() == 300 and mask[:900].sum() > 100 < mask[900:].sum()
+    want = PCA(5, random_state=0).fit(x[mask]).transform(x[:9])
+    assert_close("components", metrics.pixels(ev.read_set(data), 5)(real[0][:9])[0], want, 1e-4)
+
+
+def test_kept_features_are_those_of_the_mask(colours, toy, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 30)
+    mask = metrics.chosen(100, 40)
+    kept, moments = metrics.extract(ev.read_npz(colours[3]), toy, 7, mask, quiet=True)
+    for got, moment, want in zip(kept, moments, toy(colours[1])):
+        assert_close("kept", got, want[mask], 1e-5)
+        assert_close("mean", moment.result()[0], want.astype(np.float64).mean(0), 1e-5)
+
+
 def test_images_too_large_for_raw_pixels_are_reduced_after_training(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (40, 3, 64, 64), dtype=np.uint8)
     out = make_set(tmp_path / "large", x, np.zeros(40, np.int64), ["a"])
