@@ -2,6 +2,7 @@
 is refused, and that training reads them. As a script: what a test kills, see `killed`."""
 
 import errno
+import functools
 import json
 import os
 import runpy
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import util
 from PIL import Image
 from runs import CONFIG, ROOT, RUN, differing, finish, start, torchrun
 from test_data import NAMES, contents, folder, noise, rows, spoil
@@ -22,10 +24,10 @@ from test_train import parts, read_log, without_speed, write_set
 
 from dydilit import Config, Data, generator, load_checkpoint, train
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 SCRIPT = ROOT / "data/imagefolder/prepare.py"
 SIZE, BATCH, C = 16, 4, 2  # latents are C x 8 x 8
 N = 23  # a last block of three
+save_vae = functools.partial(util.save_vae, latent_channels=C)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,17 +41,6 @@ def cpu():
 def vae(tmp_path_factory):
     """A tiny autoencoder with random weights, made and saved by diffusers; it halves the size."""
     return save_vae(tmp_path_factory.mktemp("vae") / "tiny")
-
-
-def save_vae(path, **config):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    two = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
-           "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(**{**two, "norm_num_groups": 4, "latent_channels": C, "sample_size": SIZE, "scaling_factor": 0.3,
-                     **config}).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
