@@ -338,7 +338,7 @@ def test_unreadable_images_are_listed_and_the_rest_is_kept_for_the_next_run(imag
         assert all(f in str(e.value) for f in bad) and "00.png" not in str(e.value)
         assert e.value.__notes__ == [f"{outs[name]} keeps what is done: the same command goes on from there"]
         assert missing(outs[name]) == 3 and not (outs[name] / "meta.json").exists()
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="unreadable images: 3 of 26"):  # the same again
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="unreadable images: 3 of 26"):  # again
         encoded = stop_at(patch, None)[1]
         prepare(tmp_path / "mended", outs["mended"], vae)
     assert encoded == [] and missing(outs["mended"]) == 3
