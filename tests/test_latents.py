@@ -347,7 +347,7 @@ def test_unreadable_images_are_listed_and_the_rest_is_kept_for_the_next_run(imag
         assert all(f in str(e.value) for f in bad) and "00.png" not in str(e.value)
         assert e.value.__notes__ == [f"{outs[name]} keeps what is done: the same command goes on from there"]
         assert missing(outs[name]) == 3 and not (outs[name] / "meta.json").exists()
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="unreadable images: 3 of 26"):  # the same again
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="unreadable images: 3 of 26"):  # again
         encoded = stop_at(patch, None)[1]
         prepare(tmp_path / "mended", outs["mended"], vae)
     assert encoded == [] and missing(outs["mended"]) == 3
@@ -503,8 +503,8 @@ def test_before_the_first_block_is_done_other_settings_lose_nothing(images, vae,
 def test_the_folder_may_move_between_two_runs(half, vae, tmp_path, monkeypatch):
     root, out = half
     shutil.move(root, tmp_path / "elsewhere")
-    monkeypatch.chdir(tmp_path)
-    assert prepare("elsewhere", out, vae) == prepare(Path("elsewhere"), tmp_path / "x" / "half", vae)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert prepare(".", out, vae) == prepare("../elsewhere/", tmp_path / "x" / "half", vae)
 
 
 def edited(vae, path, drop=None, **config):
