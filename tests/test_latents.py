@@ -494,8 +494,8 @@ def test_before_the_first_block_is_done_other_settings_lose_nothing(images, vae,
 def test_the_folder_may_move_between_two_runs(half, vae, tmp_path, monkeypatch):
     root, out = half
     shutil.move(root, tmp_path / "elsewhere")
-    monkeypatch.chdir(tmp_path)
-    assert prepare("elsewhere", out, vae) == prepare(Path("elsewhere"), tmp_path / "x" / "half", vae)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert prepare(".", out, vae) == prepare("../elsewhere/", tmp_path / "x" / "half", vae)
 
 
 def edited(vae, path, drop=None, **config):
