@@ -594,6 +594,25 @@ def test_features_are_kept_of_some_real_images_but_moments_of_all(data, real, mo
     assert few["recall"] != all_["recall"] and few["kid_subset_size"] == 100
 
 
+def test_reference_keeps_no_features(colours, tmp_path, monkeypatch):
+    kept = []
+    def spy(*args):
+        out = metrics.extract(*args)
+        kept.extend(out[0])
+        return out
+    monkeypatch.setattr(ev, "extract", spy)
+    ev.make_reference(ev.read_npz(colours[3]), tmp_path / "ref.npz", toy_network())
+    assert [len(x) for x in kept] == [0, 0, 0]                                         # whatever their number
+
+
+def test_halves_too_small_for_a_metric_are_left_out(data, real, tmp_path):
+    r = ev.evaluate(real[0][:1000], None, data, subset=1000)
+    assert r["kid"] is not None and r["kid_halves"] is None and r["frechet_halves"] > 0 and r["precision_halves"] > 0
+    out = make_set(tmp_path / "six", np.load(data / "images.npy")[:6], real[1][:6], list("0123456789"))
+    r = ev.evaluate(real[0][:9], None, out)
+    assert r["precision"] is not None and r["precision_halves"] is None and r["kid_subset_size"] == 3
+
+
 def test_failed_reference_leaves_nothing(colours, tmp_path, capsys, monkeypatch):
     def broken(weights):
         def network(x): raise ValueError("broken")
