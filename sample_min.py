@@ -246,10 +246,20 @@ def main():
           f"cfg {args.cfg}, seed {args.seed}")
 
 
+def run(main, *errors):
+    """main(), with `errors` as one line and exit status 1."""
+    code = 0
+    try: main()
+    except errors as e: code = f"{os.path.basename(sys.argv[0])}: error: {e}"
+    except SystemExit as e: code = e.code
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        if isinstance(code, str): print(code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if isinstance(code, str) else code)  # gloo's threads now and then abort Python's own way out
+    if code: sys.exit(code)
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"{os.path.basename(__file__)}: error: {e}")
-    finally:
-        if dist.is_initialized(): dist.destroy_process_group()
+    run(main, ValueError, OSError)

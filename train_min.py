@@ -27,7 +27,7 @@ from baselines import VARIANTS, preset
 from dydilit import PRESETS, Training, distributed, train
 from eval_min import report
 from load import Decoder, load_model
-from sample_min import Progress, sample_to, save_grid, settings_in, settings_of
+from sample_min import Progress, run, sample_to, save_grid, settings_in, settings_of
 
 # Goes with the model of the same name in PRESETS and with its variants; one that is not listed takes Training(), the
 # paper's ImageNet-1K run.
@@ -141,9 +141,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError, FloatingPointError) as e:
-        sys.exit(f"{os.path.basename(__file__)}: error: {e}")
-    finally:
-        if dist.is_initialized(): dist.destroy_process_group()
+    run(lambda: main(sys.argv[1:]), ValueError, OSError, FloatingPointError)
