@@ -78,6 +78,7 @@ PRESETS = {
     "B/2":      Config(hidden_size=512, n_projectors=5, n_kernels=15, n_lambdas=15),
     "L/2":      Config(hidden_size=768, n_projectors=7, n_kernels=21, n_lambdas=21),
     "pixels32": Config(input_size=32, patch_size=2, in_channels=3, hidden_size=256, depth=6, num_classes=10),
+    "photos":   Config(input_size=32, patch_size=2, in_channels=3, hidden_size=64, depth=4, num_classes=2),
     "digits":   Config(input_size=8, patch_size=2, in_channels=1, hidden_size=96, depth=4, num_classes=10),
 }
 
@@ -159,8 +160,7 @@ def linear_attention(q, k, v, normalize=True, eps=1e-6, tokens_first=None):
         out = (q @ k.mT) @ v
     else:
         out = q @ (k.mT @ v)
-    if not normalize:
-        return out
+    if not normalize: return out
     den = q @ k.sum(-2, keepdim=True).mT  # (B, N, 1)
     norm_q, norm_k = (torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (q, k))
     return out / (torch.maximum(den, 1e-3 * norm_q * norm_k.sum(-2, keepdim=True)) + eps)
@@ -264,8 +264,7 @@ class DWC(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim))
 
     def kernel(self):
-        if self.horizontal is None:
-            return self.square
+        if self.horizontal is None: return self.square
         return self.square + F.pad(self.horizontal, (0, 0, 1, 1)) + F.pad(self.vertical, (1, 1, 0, 0))
 
     @torch.no_grad()
@@ -358,8 +357,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
 
-    def forward(self, x):
-        return tokens(self.proj(x))
+    def forward(self, x): return tokens(self.proj(x))
 
 class TimestepEmbedder(nn.Module):
     def __init__(self, dim, frequencies=256):
@@ -377,8 +375,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
-    def forward(self, y):
-        return self.embedding_table(y)
+    def forward(self, y): return self.embedding_table(y)
 
 class Block(nn.Module):
     """adaLN-Zero (Peebles & Xie 2023): each branch is shifted, scaled and gated by the condition c (B, D)."""
@@ -634,7 +631,8 @@ class Data:
         path, channels, side = Path(path), config.in_channels, config.input_size
         if not (path / "meta.json").exists():
             size = f"{8 * side} --vae" if channels == 4 else side
-            command = "digits/prepare.py" if path.name == "digits" else f"imagefolder/prepare.py ROOT --size {size}"
+            bundled = path.name in ("digits", "photos")
+            command = f"{path.name}/prepare.py" if bundled else f"imagefolder/prepare.py ROOT --size {size}"
             raise FileNotFoundError(f"no prepared data set in {path}; make it: python data/{command} --out {path}")
         self.meta = json.loads((path / "meta.json").read_text())
         try:

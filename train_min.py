@@ -1,6 +1,7 @@
 """Train DyDi-LiT, then sample from it and say how good the samples are.
 
     torchrun train_min.py                                        the digits, on whatever this machine has
+    torchrun train_min.py --preset photos                        crops of two photographs: 256 tokens, as the paper has
     torchrun --nproc_per_node=8 train_min.py --preset S/2 --data data/NAME --out out/NAME --bf16
     torchrun train_min.py --preset DiT-digits                    another model of the same size (baselines.py)
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_min.py ...
@@ -34,7 +35,10 @@ from sample_min import Progress, sample_to, save_grid, settings_in, settings_of
 RECIPES = {
     "digits": Training(data="data/digits", out="out/digits", steps=3000, batch_size=64, lr=2e-3, warmup=50, decay=0.3,
                        ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=500),
+    "photos": Training(data="data/photos", out="out/photos", steps=2000, batch_size=32, lr=1e-3, warmup=50, decay=0.3,
+                       ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=200),
 }
+BUNDLED = ("digits", "photos")  # data sets that need no download: prepared when they are missing
 
 
 def override(config, **values):
@@ -86,10 +90,11 @@ def parse(argv):
 
 
 def fit_to_data(config, training, given_classes):
-    """Prepare the digits if they are missing; take the number of classes from the data unless it was given."""
-    meta = Path(training.data) / "meta.json"
-    if not meta.exists() and Path(training.data) == Path("data/digits") and os.environ.get("LOCAL_RANK", "0") == "0":
-        runpy.run_path(str(Path(__file__).parent / "data/digits/prepare.py"))["prepare"]("data/digits")
+    """Prepare a bundled set if it is missing; take the number of classes from the data unless it was given."""
+    data, meta = Path(training.data), Path(training.data) / "meta.json"
+    bundled = data.name in BUNDLED and data == Path("data") / data.name
+    if bundled and not meta.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        runpy.run_path(str(Path(__file__).parent / data / "prepare.py"))["prepare"](data)
     if dist.is_initialized(): dist.barrier()
     if given_classes is None and meta.exists():
         config = override(config, num_classes=len(json.loads(meta.read_text())["classes"]))

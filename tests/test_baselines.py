@@ -836,7 +836,7 @@ def test_every_variant_of_every_preset_builds(base):
 def test_an_unknown_preset_lists_the_known(name):
     with pytest.raises(ValueError) as e:
         preset(name)
-    assert str(e.value).startswith(f"unknown preset {name!r}; known: S/2, B/2, L/2, pixels32, digits; ")
+    assert str(e.value).startswith(f"unknown preset {name!r}; known: S/2, B/2, L/2, pixels32, photos, digits; ")
     assert all(known in str(e.value) for known in VARIANTS)
 
 
