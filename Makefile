@@ -13,10 +13,13 @@ BIN := .venv/bin
 
 setup: .venv/ready
 
+# .venv/inception is for the tests alone: torch-fidelity would pull in a CUDA torch, and its torchvision, which lacks its
+# operators next to a CPU torch, would break diffusers if it could be imported from .venv itself
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q --no-deps --target .venv/inception torch-fidelity==0.4.0 torchvision==0.28.0
 	touch $@
 
 # the fused op; without a compiler everything else still runs, on the Python path

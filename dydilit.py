@@ -156,10 +156,8 @@ def linear_attention(q, k, v, normalize=True, eps=1e-6, tokens_first=None):
     unless tokens_first says which. A difference of tokens can make the denominator of Eq. 4 vanish or turn negative, so
     it is kept above 1e-3 of its Cauchy-Schwarz bound: scale-free, and |output| never exceeds 1000 max |v|.
     """
-    if q.shape[-2] <= q.shape[-1] if tokens_first is None else tokens_first:
-        out = (q @ k.mT) @ v
-    else:
-        out = q @ (k.mT @ v)
+    if tokens_first is None: tokens_first = q.shape[-2] <= q.shape[-1]
+    out = (q @ k.mT) @ v if tokens_first else q @ (k.mT @ v)
     if not normalize: return out
     den = q @ k.sum(-2, keepdim=True).mT  # (B, N, 1)
     norm_q, norm_k = (torch.linalg.vector_norm(z, dim=-1, keepdim=True) for z in (q, k))
@@ -190,9 +188,8 @@ def dydila_attention(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, diff
             return torch.ops.dydilit.attention_fwd(*tensors, normalize, router_grad, eps)[0].to(v.dtype)
         return torch.ops.dydilit.attention(*tensors, normalize, eps).to(v.dtype)  # which keeps nothing for a backward
     with torch.autocast(q.device.type, enabled=False):  # in 16 bits every linear attention so far has met NaN
-        q_t, k_t, qp_t, kp_t = (
-            measure(z, gamma, router, router_grad) for z, router in zip((q, k, q_prime, k_prime), kernel_routers)
-        )
+        measured = (measure(*z, router_grad) for z in zip((q, k, q_prime, k_prime), [gamma] * 4, kernel_routers))
+        q_t, k_t, qp_t, kp_t = measured
         dq = difference(q_t, qp_t, lam, difference_routers[0], router_grad)
         dk = difference(k_t, kp_t, lam, difference_routers[1], router_grad)
         return linear_attention(dq, dk, wide(v), normalize, eps).to(v.dtype)
@@ -257,10 +254,9 @@ class DWC(nn.Module):
     """
     def __init__(self, dim):
         super().__init__()
-        self.square, self.horizontal, self.vertical = (
-            nn.Parameter(torch.empty(dim, 1, *shape, memory_format=torch.channels_last))  # as their gradients will be,
-            for shape in ((3, 3), (1, 3), (3, 1))  # which DDP wants alike
-        )
+        def branch(*size):  # channels-last, as its gradient will be: DDP wants them alike
+            return nn.Parameter(torch.empty(dim, 1, *size, memory_format=torch.channels_last))
+        self.square, self.horizontal, self.vertical = branch(3, 3), branch(1, 3), branch(3, 1)
         self.bias = nn.Parameter(torch.empty(dim))
 
     def kernel(self):
@@ -314,11 +310,9 @@ class DyDiLA(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q_prime = routed_projection(x, self.q_projectors, self.q_projector_router, self.router_grad)
         k_prime = routed_projection(x, self.k_projectors, self.k_projector_router, self.router_grad)
-        o = dydila_attention(
-            *(z.to(self.dtype or z.dtype) for z in (q, k, q_prime, k_prime, v)), self.gamma, self.lam,
-            self.kernel_routers, self.difference_routers,
-            normalize=self.normalize, router_grad=self.router_grad, backend=self.backend,
-        )
+        o = dydila_attention(*(z.to(self.dtype or z.dtype) for z in (q, k, q_prime, k_prime, v)), self.gamma, self.lam,
+                             self.kernel_routers, self.difference_routers,
+                             normalize=self.normalize, router_grad=self.router_grad, backend=self.backend)
         return self.proj(o + self.dwc(v, grid))  # Eq. 9
 
 class GLUMBConv(nn.Module):
@@ -512,8 +506,7 @@ class Diffusion:
             "sqrt_abar": abar.sqrt(), "sqrt_1m_abar": (1 - abar).sqrt(), "sqrt_previous": previous.sqrt(),
             "sqrt_1m_previous": (1 - previous).sqrt(), "log_beta": beta.log(),
             "log_variance": torch.cat([variance[1:2], variance[1:]]).log(),  # clipped at t = 0, where it would be -inf
-            "mean_x0": previous.sqrt() * beta / (1 - abar), "mean_xt": (1 - previous) * alpha.sqrt() / (1 - abar),
-        }
+            "mean_x0": previous.sqrt() * beta / (1 - abar), "mean_xt": (1 - previous) * alpha.sqrt() / (1 - abar)}
 
     def at(self, name, t, x):
         """The table's values at t (B,), float64 until here, shaped to multiply x (B, C, H, W)."""

@@ -2,6 +2,7 @@
 is refused, and that training reads them. As a script: what a test kills, see `killed`."""
 
 import errno
+import functools
 import json
 import os
 import runpy
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import util
 from PIL import Image
 from runs import CONFIG, ROOT, RUN, differing, finish, start, torchrun
 from test_data import NAMES, contents, folder, noise, rows, spoil
@@ -22,10 +24,10 @@ from test_train import parts, read_log, without_speed, write_set
 
 from dydilit import Config, Data, generator, load_checkpoint, train
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 SCRIPT = ROOT / "data/imagefolder/prepare.py"
 SIZE, BATCH, C = 16, 4, 2  # latents are C x 8 x 8
 N = 23  # a last block of three
+save_vae = functools.partial(util.save_vae, latent_channels=C)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,17 +41,6 @@ def cpu():
 def vae(tmp_path_factory):
     """A tiny autoencoder with random weights, made and saved by diffusers; it halves the size."""
     return save_vae(tmp_path_factory.mktemp("vae") / "tiny")
-
-
-def save_vae(path, **config):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    two = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
-           "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(**{**two, "norm_num_groups": 4, "latent_channels": C, "sample_size": SIZE, "scaling_factor": 0.3,
-                     **config}).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +140,15 @@ def test_autocast_around_it_changes_nothing(plain, images, vae, tmp_path):
     assert contents(tmp_path / "set") == contents(plain)
 
 
-def test_neither_the_number_of_threads_nor_the_layout_of_the_memory_shows(vae):
+def test_neither_the_number_of_threads_nor_the_layout_of_the_memory_shows(tmp_path):
     from latents import Encoder
 
-    x = noise(BATCH, SIZE, SIZE, 3).transpose(0, 3, 1, 2)
-    want = Encoder(vae, SIZE, True)(x, {})
+    vae = save_vae(tmp_path / "vae", block_out_channels=(8, 16))  # of this size they would show
+    x = noise(8, 32, 32, 3).transpose(0, 3, 1, 2)
+    want = Encoder(vae, 32, True)(x, {})
     torch.set_num_threads(2)
-    assert np.array_equal(Encoder(vae, SIZE, True)(x, {}), want)
-    assert np.array_equal(Encoder(vae, SIZE, True)(np.ascontiguousarray(x), {}), want)
+    assert np.array_equal(Encoder(vae, 32, True)(x, {}), want)
+    assert np.array_equal(Encoder(vae, 32, True)(np.ascontiguousarray(x), {}), want)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,17 +307,21 @@ def test_a_killed_run_leaves_no_workers_behind(tmp_path):
     Image.fromarray(noise(1500, 1500, 3)).save(tmp_path / "in" / "a" / "0.png", compress_level=0)
     for i in range(400): os.link(tmp_path / "in/a/0.png", tmp_path / f"in/a/{i + 1}.png")
     process = start(SCRIPT, tmp_path / "in", "--size", 8, "--out", tmp_path / "out", "--workers", 2)
-    children, end = [], time.time() + 30
+    children, end = [], time.time() + 60
     while len(children) < 3 and time.time() < end:  # two workers, and what Python starts beside them
         time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     time.sleep(0.5)
     assert process.poll() is None
     process.kill()
-    process.communicate()
+    process.wait()
+    for pipe in (process.stdout, process.stderr): pipe.close()  # who still lives holds the other ends
     def alive(pid): return os.path.exists(f"/proc/{pid}") and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    end = time.time() + 20
     while any(map(alive, children)) and time.time() < end: time.sleep(0.05)
-    assert len(children) == 3 and not any(map(alive, children))
+    orphans = [pid for pid in children if alive(pid)]
+    for pid in orphans: os.kill(int(pid), signal.SIGKILL)
+    assert len(children) == 3 and orphans == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,6 +338,10 @@ def test_unreadable_images_are_listed_and_the_rest_is_kept_for_the_next_run(imag
         assert all(f in str(e.value) for f in bad) and "00.png" not in str(e.value)
         assert e.value.__notes__ == [f"{outs[name]} keeps what is done: the same command goes on from there"]
         assert missing(outs[name]) == 3 and not (outs[name] / "meta.json").exists()
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="unreadable images: 3 of 26"):  # again
+        encoded = stop_at(patch, None)[1]
+        prepare(tmp_path / "mended", outs["mended"], vae)
+    assert encoded == [] and missing(outs["mended"]) == 3
 
     with monkeypatch.context() as patch:  # left out: as if they had never been there
         encoded = stop_at(patch, None)[1]
@@ -481,7 +481,14 @@ def test_before_the_first_block_is_done_other_settings_lose_nothing(images, vae,
         stop_at(patch, 8)
         prepare(root, out, vae)
     assert missing(out) == 6
-    assert prepare(root, out, vae, flip=False) == prepare(root, tmp_path / "again" / "set", vae, flip=False)
+    def copy(*_): shutil.copytree(out, tmp_path / "halfway" / "set"); raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # what a kill leaves while other files are laid out
+        patch.setattr(np, "save", copy)
+        prepare(root, out, vae, flip=False)
+    halfway = tmp_path / "halfway" / "set"
+    assert np.load(halfway / "tmp.images.npy").shape[1] == 1 and sorted(contents(halfway)) == [rows.DONE, rows.ROWS]
+    assert prepare(root, halfway, vae) == prepare(root, tmp_path / "again" / "set", vae)  # back to the first settings
+    assert prepare(root, out, vae, flip=False) == prepare(root, tmp_path / "third" / "set", vae, flip=False)
 
 
 def test_the_folder_may_move_between_two_runs(half, vae, tmp_path, monkeypatch):

@@ -85,10 +85,13 @@ def test_samples_are_as_many_as_asked_and_every_class_equally_often(finished):
     assert images.std() > 10  # not blank
 
 
-def test_training_prints_the_two_figures(finished):
+def test_training_prints_the_figures(finished):
     _, stdout = finished
-    assert re.search(r"^\| Frechet distance, pixels \| \d+\.\d\d \| \d+\.\d\d \|$", stdout, re.MULTILINE)
-    assert re.search(r"^\| class accuracy \| \d+\.\d% \| \|$", stdout, re.MULTILINE)
+    columns = "Frechet distance, pixels | KID, pixels, subsets of 40 | precision | recall | class accuracy | n |"
+    assert f"\n| samples | {columns}" in stdout
+    figures = r"[\d.]+ \| \S+ ± \S+ \| [\d.]+ \| [\d.]+"
+    assert re.search(rf"^\| samples\.npz \| {figures} \| [\d.]+ \| 40 \|", stdout, re.MULTILINE)
+    assert re.search(rf"^\| real halves \| {figures} \|  \| 898 \|", stdout, re.MULTILINE)
     assert "40 samples against digits" in stdout and stdout.count("class accuracy") == 1  # one process speaks
 
 
