@@ -332,8 +332,7 @@ class GLUMBConv(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: DiT's skeleton around them.
 
-def modulate(x, shift, scale):
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def modulate(x, shift, scale): return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 def angles(position, n):
     """position (M,) -> (M, n) float64: the position times n frequencies, from 1 down towards 1 / 10000."""
@@ -623,9 +622,8 @@ class Data:
     def __init__(self, path, config):
         path, channels, side = Path(path), config.in_channels, config.input_size
         if not (path / "meta.json").exists():
-            size = f"{8 * side} --vae" if channels == 4 else side
-            bundled = path.name in ("digits", "photos")
-            command = f"{path.name}/prepare.py" if bundled else f"imagefolder/prepare.py ROOT --size {size}"
+            command = f"imagefolder/prepare.py ROOT --size {f'{8 * side} --vae' if channels == 4 else side}"
+            if path.name in ("digits", "photos"): command = f"{path.name}/prepare.py"
             raise FileNotFoundError(f"no prepared data set in {path}; make it: python data/{command} --out {path}")
         self.meta = json.loads((path / "meta.json").read_text())
         try:
@@ -707,12 +705,13 @@ def learning_rate(training, step):
     tail = training.decay * training.steps
     return training.lr * min(1, (step + 1) / max(1, training.warmup), (training.steps - step) / tail if tail else 1)
 
-def train(config, training, resume=False, on_step=None):
+def train(config, training, resume=False, on_step=None, on_eval=None):
     """Train, and leave ckpt.pt and log.jsonl in training.out. Returns the steps done, fewer if interrupted.
 
-    resume continues from ckpt.pt if there is one; on_step(step, loss) is called after every step. Errors:
-    FileExistsError when `out` holds a run and resume is off; ValueError for a checkpoint of another configuration or a
-    batch that does not divide; FloatingPointError at the first non-finite loss or gradient, the last checkpoint kept.
+    resume continues from ckpt.pt if there is one; on_step(step, loss) is called after every step, on_eval(averaged
+    model, held-out batch) at every evaluation, and its dict joins the log. FileExistsError when `out` holds a run and
+    resume is off; ValueError for a checkpoint of another configuration or a batch that does not divide;
+    FloatingPointError at the first non-finite loss or gradient, the last checkpoint kept.
     """
     rank, world, device = distributed()
     torch.manual_seed(training.seed)
@@ -793,6 +792,7 @@ def train(config, training, resume=False, on_step=None):
                     with torch.no_grad(), autocast:
                         mse, vb = diffusion.loss(ema, *(z.to(device) for z in held_out))
                     line |= {"held_out_mse": mse.mean().item(), "held_out_loss": (mse + vb).mean().item()}
+                    line |= on_eval(ema, held_out) if on_eval else {}
                 with open(log_path, "a") as f: f.write(json.dumps(line) + "\n")
                 began, first_step = time.time(), step
             if rank == 0 and (step % training.ckpt_every == 0 or end or stop):

@@ -28,6 +28,7 @@ from baselines import VARIANTS, preset
 from dydilit import PRESETS, Training, distributed, train
 from eval_min import report
 from load import Decoder, load_model
+from probe import usage_at_evaluation
 from sample_min import Progress, sample_to, save_grid, settings_in, settings_of
 
 # Goes with the model of the same name in PRESETS and with its variants; one that is not listed takes Training(), the
@@ -117,31 +118,39 @@ def plot_loss(log_path, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv):
+def run(argv):
+    """Train, and make the samples, as the command line says: (Training, where the samples are; None without any)."""
     config, training, args = parse(argv)
     rank, _, device = distributed()
     config = fit_to_data(config, training, args.num_classes)
     again = f"{shlex.join(['torchrun', 'train_min.py', *(a for a in argv if a != '--resume')])} --resume"
     bar = Progress("train", training.steps, quiet=rank > 0)
-    step = train(config, training, args.resume, on_step=lambda step, loss: bar(f"loss {loss:.4f}", step))
+    step = train(config, training, args.resume, lambda step, loss: bar(f"loss {loss:.4f}", step), usage_at_evaluation)
     out = Path(training.out)
     if step < training.steps:
         if rank == 0: print(f"\nstopped at step {step} of {training.steps}, saved {out}/ckpt.pt; to go on: {again}")
         sys.exit(130)
     if not args.samples:
-        return
+        return training, None
     npz, (model, ckpt), labels = out / "samples.npz", load_model(out / "ckpt.pt"), torch.arange(args.samples)
     settings = settings_of(model, ckpt, cfg=args.cfg, steps=args.sampling_steps, seed=training.seed)
     if settings_in(npz, args.samples) != settings:  # not made yet, or of other weights
         decode = Decoder(config, settings["vae"], ckpt["meta"].get("scaling"), device)
         sample_to(npz, model, labels % config.num_classes, settings, decode)
-    if rank > 0:
+    if rank == 0:
+        columns = min(config.num_classes, 20)
+        with np.load(npz) as made: save_grid(out / "samples.png", made["arr_0"][: 8 * columns], columns)
+        plot_loss(out / "log.jsonl", out / "loss.png")
+        print(f"wrote {out}/: ckpt.pt log.jsonl loss.png samples.npz samples.png")
+    return training, npz
+
+
+def main(argv):
+    training, npz = run(argv)
+    if npz is None or distributed()[0] > 0:
         return
-    columns = min(config.num_classes, 20)
-    with np.load(npz) as made: save_grid(out / "samples.png", made["arr_0"][: 8 * columns], columns)
-    plot_loss(out / "log.jsonl", out / "loss.png")
-    print(f"wrote {out}/: ckpt.pt log.jsonl loss.png samples.npz samples.png")
-    if settings["vae"]: print(f"how good they are: python eval_min.py {npz} REFERENCE.npz")
+    if "scaling" in json.loads(Path(training.data, "meta.json").read_text()):
+        print(f"how good they are: python eval_min.py {npz} REFERENCE.npz")
     else: print(report(npz, training.data))
 
 

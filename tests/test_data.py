@@ -140,8 +140,10 @@ def photos_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory):
-    """Which pixel of its photograph each pixel of each crop is: rows and columns, (N, 32, 32) each. From a preparation of
-    photographs that are a map of themselves, not from what prepare.py says of its crops."""
+    """Which pixel of its photograph each pixel of each crop is: rows and columns, (N, 32, 32) each.
+
+    From a preparation of photographs that are maps of themselves, not from what prepare.py says of its crops.
+    """
     y, x = np.mgrid[:427, :640]
     maps = [np.stack([y % 256, x % 256, 4 * (y // 256) + x // 256], axis=-1).astype(np.uint8)] * 2
     out = tmp_path_factory.mktemp("maps")
