@@ -63,7 +63,7 @@ def watched(model, matrices=False):
         return index, gate
 
     def linear(q, k, v, *args, original=dydilit.linear_attention, **how):
-        parts.append((original(q, k, identity(k), *args, **how | {"tokens_first": True}), v))
+        parts.append((original(q, k, identity(k), *args, **how), v))
         return original(q, k, v, *args, **how)
 
     def scan(q, k, v, log_a, original=baselines.gated_scan):

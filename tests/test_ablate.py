@@ -83,8 +83,9 @@ def test_matrix_times_values_is_the_attention(name, normalize):
         for grid in ((2, 4), (6, 6)):
             attn, x = block.attn, torch.randn(3, math.prod(grid), 24, dtype=torch.float64)
             want = before_projection(attn, x, grid)
-            with watched(model, matrices=True) as seen: attn(x, grid)
-            (matrix, values), = seen[list(model.blocks).index(block)]["attention"]
+            with watched(model, matrices=True) as seen:
+                for z in (torch.randn_like(x), x): attn(z, grid)
+            _, (matrix, values) = seen[list(model.blocks).index(block)]["attention"]
             assert matrix.shape[:3] == (3, getattr(attn, "heads", 1), len(x[0]))
             heads = matrix @ values
             if isinstance(attn, GatedLinear):  # a norm and a gate are between, and all in the order of the scan
@@ -187,10 +188,16 @@ def test_routes_of_the_compared_models():
         with watched(model) as seen: model(torch.randn(2, 1, 8, 8).double(), torch.tensor([3, 7]), torch.tensor([1, 2]))
         found[name] = list(entropies(model, seen))
         assert list(routers(model.blocks[0].attn)) == [key for key in found[name] if key != "heads"]
-        if name == "MoH":
-            gates = model.blocks[0].attn.gates(torch.randn(1, 1, 24).double())[0][0, 0]
-            assert seen[0]["routes"]["heads"][0].shape == (2, 16, 2) and (gates[1:] > 0).sum() == 2
-            assert all(0 < h <= 1 for h in entropies(model, seen)["heads"])
+        if name == "MoH":  # one head is shared, each token takes two of the other three
+            attn, x = model.blocks[0].attn, torch.randn(2, 12, 24).double()
+            with watched(model) as seen: attn(x, (3, 4))
+            gates, index = attn.gates(x)[0], seen[0]["routes"]["heads"][0]
+            assert index.shape == (2, 12, 2) and ((gates[..., 1:] > 0).sum(-1) == 2).all()
+            assert (gates.gather(-1, index + 1) > 0).all()
+            counts = (gates[..., 1:] > 0).sum((0, 1)) / 48
+            want = -(counts * counts.log()).sum().item() / math.log(3)
+            model.blocks = model.blocks[:1]
+            assert entropies(model, seen)["heads"] == [pytest.approx(want)]
     kernels = ["q_kernel", "k_kernel"]
     assert found == {name: [] for name in MODELS} | {"MoH": ["heads"]} | {
         "ladder-0-sana": [], "ladder-1-focused": [], "ladder-2-measure": kernels,
@@ -437,6 +444,23 @@ def test_several_processes_and_jobs(finished, tmp_path, monkeypatch):
         ablate.main([*arguments, "--nproc=2", "--jobs=3"])
     assert [c[1:7] for c in commands] == [["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                                            str(ROOT / "ablate.py"), "--run"]] * 4
+
+
+def test_interrupted_it_ends_the_runs_that_it_has_started(finished, tmp_path, monkeypatch):
+    calls = []
+
+    class Endless:
+        def __init__(self, *_, **__): calls.append("start")
+        def terminate(self): calls.append("terminate")
+        def wait(self): calls.append("wait")
+
+        def poll(self):
+            if calls.count("start") == 2: raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Endless)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.main([*(a.replace(str(finished[0]), str(tmp_path)) for a in finished[1]), "--jobs=2"])
+    assert calls == ["start"] * 2 + ["terminate"] * 2 + ["wait"] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
