@@ -1,6 +1,7 @@
 # make train   digits, from nothing to samples (about ten minutes on two cores)
 # make test    every test, on the CPU
 # make bench   speed of the attention and of a training step on this machine
+# make ablate  every rung of the ablations on the digits, three seeds: a table and the paper's figures (40 minutes)
 # make gpu     where there is a GPU: build with CUDA, every CUDA test, the sanitizers, the benchmark; out/gpu-*.md
 #              (make gpu PYTHON=python3 takes that interpreter's torch, on a machine where nothing can be installed)
 # make lint    ruff
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup ext train test bench gpu lint clean
+.PHONY: setup ext train test bench ablate gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -40,6 +41,9 @@ bench: setup ext
 	$(BIN)/python bench.py
 	$(BIN)/python bench.py --step
 
+ablate: setup ext
+	$(BIN)/python ablate.py --steps 500 --ema-decay 0.98 --sampling-steps 25
+
 gpu:
 	$(if $(filter command%,$(origin PYTHON)),$(PYTHON),$(BIN)/python) gpu.py
 
@@ -47,4 +51,4 @@ lint: setup
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv out build *.so data/digits/*.npy data/digits/meta.json
+	rm -rf .venv out build *.so data/digits/*.npy data/digits/meta.json data/photos/*.npy data/photos/meta.json

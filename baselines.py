@@ -31,6 +31,7 @@ class Baseline(Config):
     differential: str = "token"  # ladder: none, token (Eq. 8) or map (Eq. 10)
     dwc: bool = True  # ladder: the re-parameterised convolution (Eq. 9)
     rising_lambda: bool = False  # ladder: lambda starts at 0.2 in the first block to 0.8 in the last, not at 0.01
+    batch_norm: bool = False  # ladder: a batch norm in each branch of that convolution, as ACNet has it
 
     def __post_init__(self):
         super().__post_init__()
@@ -280,6 +281,36 @@ class DiGBlock(Block):
     def forward(self, x, c, grid):
         return tokens(self.dw_conv(image(super().forward(x, c, grid), grid)))
 
+class NormedDWC(DWC):
+    """DWC with ACNet's batch norm in its branches, which are three convolutions then; for comparison.
+
+    A batch's own statistics where there are gradients, the running ones elsewhere, folded into one 3x3. These are
+    parameters without a gradient, not buffers, so that the averaged weights average them as well. Images of all noise
+    levels share them; each micro-batch and each process has its own, so here one process and eight do not train alike.
+    """
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.scale = nn.Parameter(torch.ones(3, dim))
+        self.mean, self.var = (nn.Parameter(x, requires_grad=False) for x in (torch.zeros(3, dim), torch.ones(3, dim)))
+
+    def kernel(self):
+        factor = (self.scale * (self.var + 1e-5).rsqrt()).view(3, -1, 1, 1, 1)
+        padded = self.square, F.pad(self.horizontal, (0, 0, 1, 1)), F.pad(self.vertical, (1, 1, 0, 0))
+        return sum(f * weight for f, weight in zip(factor, padded))
+
+    def merge_(self): raise NotImplementedError("only DWC without batch norm is merged for good")
+
+    def forward(self, v, grid):
+        x = image(v, grid)
+        if not (self.training and torch.is_grad_enabled()):
+            bias = self.bias - (self.scale * (self.var + 1e-5).rsqrt() * self.mean).sum(0)
+            return tokens(F.conv2d(x, self.kernel(), bias, padding=1, groups=len(bias)))
+        return tokens(self.bias.view(-1, 1, 1) + sum(
+            F.batch_norm(F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=len(weight)),
+                         mean, var, scale, training=True)
+            for weight, mean, var, scale in zip((self.square, self.horizontal, self.vertical), self.mean, self.var,
+                                                self.scale)))
+
 class Ladder(nn.Module):
     """Tables 4 to 6: from Sana's attention (all switches off) to DyDiLA (all on), with DyDiLA's parameter names.
 
@@ -304,7 +335,7 @@ class Ladder(nn.Module):
             self.gamma, self.kernel_routers = parameter(n_F), router(4 if self.primes else 2, D, n_F)
         if self.primes:
             self.lam, self.difference_routers = parameter(n_D), router(1 if c.differential == "map" else 2, 2 * D, n_D)
-        self.dwc = DWC(D) if c.dwc else None
+        self.dwc = (NormedDWC if c.batch_norm else DWC)(D) if c.dwc else None
         self.proj = nn.Linear(D, D)
         initialize(self)
 

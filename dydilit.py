@@ -78,6 +78,7 @@ PRESETS = {
     "B/2":      Config(hidden_size=512, n_projectors=5, n_kernels=15, n_lambdas=15),
     "L/2":      Config(hidden_size=768, n_projectors=7, n_kernels=21, n_lambdas=21),
     "pixels32": Config(input_size=32, patch_size=2, in_channels=3, hidden_size=256, depth=6, num_classes=10),
+    "photos":   Config(input_size=32, patch_size=2, in_channels=3, hidden_size=64, depth=4, num_classes=2),
     "digits":   Config(input_size=8, patch_size=2, in_channels=1, hidden_size=96, depth=4, num_classes=10),
 }
 
@@ -331,8 +332,7 @@ class GLUMBConv(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: DiT's skeleton around them.
 
-def modulate(x, shift, scale):
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def modulate(x, shift, scale): return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 def angles(position, n):
     """position (M,) -> (M, n) float64: the position times n frequencies, from 1 down towards 1 / 10000."""
@@ -350,8 +350,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
 
-    def forward(self, x):
-        return tokens(self.proj(x))
+    def forward(self, x): return tokens(self.proj(x))
 
 class TimestepEmbedder(nn.Module):
     def __init__(self, dim, frequencies=256):
@@ -369,8 +368,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
-    def forward(self, y):
-        return self.embedding_table(y)
+    def forward(self, y): return self.embedding_table(y)
 
 class Block(nn.Module):
     """adaLN-Zero (Peebles & Xie 2023): each branch is shifted, scaled and gated by the condition c (B, D)."""
@@ -624,8 +622,8 @@ class Data:
     def __init__(self, path, config):
         path, channels, side = Path(path), config.in_channels, config.input_size
         if not (path / "meta.json").exists():
-            size = f"{8 * side} --vae" if channels == 4 else side
-            command = "digits/prepare.py" if path.name == "digits" else f"imagefolder/prepare.py ROOT --size {size}"
+            command = f"imagefolder/prepare.py ROOT --size {f'{8 * side} --vae' if channels == 4 else side}"
+            if path.name in ("digits", "photos"): command = f"{path.name}/prepare.py"
             raise FileNotFoundError(f"no prepared data set in {path}; make it: python data/{command} --out {path}")
         self.meta = json.loads((path / "meta.json").read_text())
         try:
@@ -707,12 +705,13 @@ def learning_rate(training, step):
     tail = training.decay * training.steps
     return training.lr * min(1, (step + 1) / max(1, training.warmup), (training.steps - step) / tail if tail else 1)
 
-def train(config, training, resume=False, on_step=None):
+def train(config, training, resume=False, on_step=None, on_eval=None):
     """Train, and leave ckpt.pt and log.jsonl in training.out. Returns the steps done, fewer if interrupted.
 
-    resume continues from ckpt.pt if there is one; on_step(step, loss) is called after every step. Errors:
-    FileExistsError when `out` holds a run and resume is off; ValueError for a checkpoint of another configuration or a
-    batch that does not divide; FloatingPointError at the first non-finite loss or gradient, the last checkpoint kept.
+    resume continues from ckpt.pt if there is one; on_step(step, loss) is called after every step, on_eval(averaged
+    model, held-out batch) at every evaluation, and its dict joins the log. FileExistsError when `out` holds a run and
+    resume is off; ValueError for a checkpoint of another configuration or a batch that does not divide;
+    FloatingPointError at the first non-finite loss or gradient, the last checkpoint kept.
     """
     rank, world, device = distributed()
     torch.manual_seed(training.seed)
@@ -793,6 +792,7 @@ def train(config, training, resume=False, on_step=None):
                     with torch.no_grad(), autocast:
                         mse, vb = diffusion.loss(ema, *(z.to(device) for z in held_out))
                     line |= {"held_out_mse": mse.mean().item(), "held_out_loss": (mse + vb).mean().item()}
+                    line |= on_eval(ema, held_out) if on_eval else {}
                 with open(log_path, "a") as f: f.write(json.dumps(line) + "\n")
                 began, first_step = time.time(), step
             if rank == 0 and (step % training.ckpt_every == 0 or end or stop):

@@ -251,7 +251,7 @@ def run(main, *errors):
     code = 0
     try: main()
     except errors as e: code = f"{os.path.basename(sys.argv[0])}: error: {e}"
-    except SystemExit as e: code = e.code
+    except SystemExit as e: code = e.code or 0
     if dist.is_initialized():
         dist.destroy_process_group()
         if isinstance(code, str): print(code, file=sys.stderr)

@@ -1,6 +1,7 @@
 """Train DyDi-LiT, then sample from it and say how good the samples are.
 
     torchrun train_min.py                                        the digits, on whatever this machine has
+    torchrun train_min.py --preset photos                        crops of two photographs: 256 tokens, as the paper has
     torchrun --nproc_per_node=8 train_min.py --preset S/2 --data data/NAME --out out/NAME --bf16
     torchrun train_min.py --preset DiT-digits                    another model of the same size (baselines.py)
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_min.py ...
@@ -27,6 +28,7 @@ from baselines import VARIANTS, preset
 from dydilit import PRESETS, Training, distributed, train
 from eval_min import report
 from load import Decoder, load_model
+from probe import usage_at_evaluation
 from sample_min import Progress, run, sample_to, save_grid, settings_in, settings_of
 
 # Goes with the model of the same name in PRESETS and with its variants; one that is not listed takes Training(), the
@@ -34,7 +36,10 @@ from sample_min import Progress, run, sample_to, save_grid, settings_in, setting
 RECIPES = {
     "digits": Training(data="data/digits", out="out/digits", steps=3000, batch_size=64, lr=2e-3, warmup=50, decay=0.3,
                        ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=500),
+    "photos": Training(data="data/photos", out="out/photos", steps=2000, batch_size=32, lr=1e-3, warmup=50, decay=0.3,
+                       ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=200),
 }
+BUNDLED = ("digits", "photos")  # data sets that need no download: prepared when they are missing
 
 
 def override(config, **values):
@@ -86,10 +91,11 @@ def parse(argv):
 
 
 def fit_to_data(config, training, given_classes):
-    """Prepare the digits if they are missing; take the number of classes from the data unless it was given."""
-    meta = Path(training.data) / "meta.json"
-    if not meta.exists() and Path(training.data) == Path("data/digits") and os.environ.get("LOCAL_RANK", "0") == "0":
-        runpy.run_path(str(Path(__file__).parent / "data/digits/prepare.py"))["prepare"]("data/digits")
+    """Prepare a bundled set if it is missing; take the number of classes from the data unless it was given."""
+    data, meta = Path(training.data), Path(training.data) / "meta.json"
+    bundled = data.name in BUNDLED and data == Path("data") / data.name
+    if bundled and not meta.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        runpy.run_path(str(Path(__file__).parent / data / "prepare.py"))["prepare"](data)
     if dist.is_initialized(): dist.barrier()
     if given_classes is None and meta.exists():
         config = override(config, num_classes=len(json.loads(meta.read_text())["classes"]))
@@ -112,31 +118,39 @@ def plot_loss(log_path, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv):
+def train_and_sample(argv):
+    """Train, and make the samples, as the command line says: (Training, where the samples are; None without any)."""
     config, training, args = parse(argv)
     rank, _, device = distributed()
     config = fit_to_data(config, training, args.num_classes)
     again = f"{shlex.join(['torchrun', 'train_min.py', *(a for a in argv if a != '--resume')])} --resume"
     bar = Progress("train", training.steps, quiet=rank > 0)
-    step = train(config, training, args.resume, on_step=lambda step, loss: bar(f"loss {loss:.4f}", step))
+    step = train(config, training, args.resume, lambda step, loss: bar(f"loss {loss:.4f}", step), usage_at_evaluation)
     out = Path(training.out)
     if step < training.steps:
         if rank == 0: print(f"\nstopped at step {step} of {training.steps}, saved {out}/ckpt.pt; to go on: {again}")
         sys.exit(130)
     if not args.samples:
-        return
+        return training, None
     npz, (model, ckpt), labels = out / "samples.npz", load_model(out / "ckpt.pt"), torch.arange(args.samples)
     settings = settings_of(model, ckpt, cfg=args.cfg, steps=args.sampling_steps, seed=training.seed)
     if settings_in(npz, args.samples) != settings:  # not made yet, or of other weights
         decode = Decoder(config, settings["vae"], ckpt["meta"].get("scaling"), device)
         sample_to(npz, model, labels % config.num_classes, settings, decode)
-    if rank > 0:
+    if rank == 0:
+        columns = min(config.num_classes, 20)
+        with np.load(npz) as made: save_grid(out / "samples.png", made["arr_0"][: 8 * columns], columns)
+        plot_loss(out / "log.jsonl", out / "loss.png")
+        print(f"wrote {out}/: ckpt.pt log.jsonl loss.png samples.npz samples.png")
+    return training, npz
+
+
+def main(argv):
+    training, npz = train_and_sample(argv)
+    if npz is None or distributed()[0] > 0:
         return
-    columns = min(config.num_classes, 20)
-    with np.load(npz) as made: save_grid(out / "samples.png", made["arr_0"][: 8 * columns], columns)
-    plot_loss(out / "log.jsonl", out / "loss.png")
-    print(f"wrote {out}/: ckpt.pt log.jsonl loss.png samples.npz samples.png")
-    if settings["vae"]: print(f"how good they are: python eval_min.py {npz} REFERENCE.npz")
+    if "scaling" in json.loads(Path(training.data, "meta.json").read_text()):
+        print(f"how good they are: python eval_min.py {npz} REFERENCE.npz")
     else: print(report(npz, training.data))
 
 

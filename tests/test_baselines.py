@@ -453,6 +453,41 @@ def test_rungs_differ_only_in_what_they_name():
     assert_close("4 -> 5", five(x, GRID), four(x, GRID), atol=1e-12)
 
 
+@pytest.mark.parametrize("learning", [True, False])
+def test_batch_norm_in_the_branches_is_that_of_torch(learning):
+    dwc, x = randomized(baselines.NormedDWC(6)), normal(4, 15, 6)
+    with torch.no_grad(): dwc.var.abs_()
+    norms, before = [], dwc.state_dict(keep_vars=False) | {k: dwc.state_dict()[k].clone() for k in ("mean", "var")}
+    for scale, mean, var in zip(before["scale"], before["mean"], before["var"]):
+        norms.append(nn.BatchNorm2d(6).double().train(learning))
+        norms[-1].load_state_dict({"weight": scale, "bias": torch.zeros(6), "running_mean": mean, "running_var": var,
+                                   "num_batches_tracked": torch.tensor(0)})
+    want = dwc.bias.view(-1, 1, 1)
+    for norm, weight in zip(norms, (dwc.square, dwc.horizontal, dwc.vertical)):
+        z = dydilit.image(x, GRID)
+        want = want + norm(nn.functional.conv2d(z, weight, padding=[n // 2 for n in weight.shape[2:]], groups=6))
+    with torch.set_grad_enabled(learning): got = dwc(x, GRID)
+    assert_close("normed", got, dydilit.tokens(want), atol=1e-11)
+    for name in ("mean", "var"):
+        assert_close(name, getattr(dwc, name), torch.stack([getattr(norm, f"running_{name}") for norm in norms]), 1e-12)
+        assert torch.equal(getattr(dwc, name), before[name]) != learning, "they move only while it learns"
+    with torch.no_grad(): sample = dwc(x[:1], GRID)
+    dwc.eval()
+    assert_close("an image alone", dwc(x, GRID)[:1], sample, atol=1e-11)
+    with pytest.raises(NotImplementedError): dwc.merge_()
+
+
+def test_the_averaged_weights_average_the_statistics_too(tmp_path):
+    config = replace(variant("ladder-5-dwc", CONFIG), batch_norm=True)
+    train(config, replace(RUN, data=str(prepare_digits(tmp_path / "data")), out=str(tmp_path / "out"), ema_decay=0.5))
+    ckpt = torch.load(tmp_path / "out" / "ckpt.pt")
+    for name in ("mean", "var"):
+        start, ema, now = (z[f"blocks.0.attn.dwc.{name}"] for z in (config.build().state_dict(), ckpt["ema"],
+                                                                    ckpt["model"]))
+        assert not torch.equal(start, ema) and not torch.equal(ema, now)
+        assert ((ema - start).abs() < (now - start).abs()).float().mean() > 0.9, "it lags behind"
+
+
 def routed(x, s):
     """Eq. 2: both of (N, D)."""
     return [np.stack([token @ s[f"{z}_projectors"][choose(token, s[f"{z}_projector_router"])] for token in x])
@@ -836,7 +871,7 @@ def test_every_variant_of_every_preset_builds(base):
 def test_an_unknown_preset_lists_the_known(name):
     with pytest.raises(ValueError) as e:
         preset(name)
-    assert str(e.value).startswith(f"unknown preset {name!r}; known: S/2, B/2, L/2, pixels32, digits; ")
+    assert str(e.value).startswith(f"unknown preset {name!r}; known: S/2, B/2, L/2, pixels32, photos, digits; ")
     assert all(known in str(e.value) for known in VARIANTS)
 
 

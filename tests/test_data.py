@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["images.npy", "labels.npy", "meta.json"]
@@ -28,7 +28,7 @@ def load(name):
     return module
 
 
-digits, folder = load("digits"), load("imagefolder")
+digits, photos, folder = load("digits"), load("photos"), load("imagefolder")
 import rows  # noqa: E402, I001  (imagefolder's, which load() has put on the path)
 
 
@@ -129,6 +129,82 @@ def fail_at(monkeypatch, call, error):
     return calls
 
 
+# photos
+
+@pytest.fixture(scope="module")
+def photos_dir(tmp_path_factory):
+    out = tmp_path_factory.mktemp("photos")
+    photos.prepare(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """Which pixel of its photograph each pixel of each crop is: rows and columns, (N, 32, 32) each.
+
+    From a preparation of photographs that are maps of themselves, not from what prepare.py says of its crops.
+    """
+    y, x = np.mgrid[:427, :640]
+    maps = [np.stack([y % 256, x % 256, 4 * (y // 256) + x // 256], axis=-1).astype(np.uint8)] * 2
+    out = tmp_path_factory.mktemp("maps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photos, "load_sample_images", lambda: type("", (), {"images": maps}))
+        photos.prepare(out)
+    a, b, c = read(out)[0].astype(int).transpose(1, 0, 2, 3)
+    return a + 256 * (c // 4), b + 256 * (c % 4)
+
+
+def test_photos_layout(photos_dir):
+    images, labels, meta = read(photos_dir)
+    assert images.shape == (4840, 3, 32, 32) and images.dtype == np.uint8
+    assert labels.shape == (4840,) and labels.dtype == np.int64
+    assert meta == {"name": "photos", "classes": ["china", "flower"], "flip": True, "held_out": 704, "levels": 255}
+    assert sorted(contents(photos_dir)) == NAMES
+    for part in (labels[:-704], labels[-704:]):                             # both half and half, both shuffled
+        assert np.bincount(part).tolist() == [len(part) // 2] * 2 and (np.diff(part) < 0).any()
+
+
+def test_photos_are_crops_of_the_photograph_that_their_label_names(photos_dir, pixels):
+    images, labels, meta = read(photos_dir)
+    y, x = pixels
+    assert (np.diff(y, axis=1) == 1).all() and (np.diff(x, axis=2) == 1).all()
+    data = load_sample_images()
+    for label, (file, photograph) in enumerate(zip(data.filenames, data.images)):
+        mine = labels == label
+        assert np.array_equal(images[mine].transpose(0, 2, 3, 1), photograph[y[mine], x[mine]])
+        assert Path(file).stem == meta["classes"][label]
+
+
+def test_no_held_out_crop_shares_a_pixel_with_a_training_crop(photos_dir, pixels):
+    labels, held_out, (y, x) = read(photos_dir)[1], np.arange(4840) >= 4840 - 704, pixels
+    for label in (0, 1):
+        used = np.zeros((2, 427, 640), bool)                                # trained on, held out
+        for part in (0, 1):
+            mine = (labels == label) & (held_out == part)
+            used[part][y[mine], x[mine]] = True
+            corners = set(zip(y[mine][:, 0, 0].tolist(), x[mine][:, 0, 0].tolist()))
+            assert len(corners) == mine.sum(), "no crop twice"
+        assert not (used[0] & used[1]).any()
+        assert used[0].mean() > 0.7 and used[1].mean() > 0.15 and used[:, :419].any((1, 2)).all()
+        assert used[0].any(0).sum() + used[1].any(0).sum() > 600, "all over the photograph"
+
+
+def test_photos_bytes_are_equal(photos_dir, tmp_path):
+    photos.prepare(tmp_path)
+    assert contents(tmp_path) == contents(photos_dir)
+    r = cli("photos", "--out", tmp_path / "again")
+    assert r.returncode == 0 and r.stderr == "" and "photos, images (4840, 3, 32, 32)" in r.stdout
+    assert contents(tmp_path / "again") == contents(photos_dir)
+
+
+def test_a_set_refuses_the_folder_of_another(photos_dir, tmp_path):
+    photos.prepare(tmp_path)
+    with pytest.raises(ValueError, match="another prepared set"): digits.prepare(tmp_path)
+    assert contents(tmp_path) == contents(photos_dir)
+
+# -----------------------------------------------------------------------------
+# both
+
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_digits_interrupted_leaves_nothing(tmp_path, monkeypatch, call, again):
@@ -140,7 +216,7 @@ def test_digits_interrupted_leaves_nothing(tmp_path, monkeypatch, call, again):
 
 def test_digits_error_before_the_exchange_keeps_the_earlier_set(tmp_path, monkeypatch, digits_dir):
     digits.prepare(tmp_path)
-    monkeypatch.setattr(digits.json, "dumps", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError): digits.prepare(tmp_path)
     assert contents(tmp_path) == contents(digits_dir)
 

@@ -124,14 +124,16 @@ def test_samples_lost_or_of_other_weights_are_made_anew(finished, digits, script
             assert len(npz["arr_0"]) == 40 and '"weights": "x' not in str(npz["settings"])
 
 
-def test_missing_digits_are_prepared_and_their_classes_counted(tmp_path, script, monkeypatch):
-    (tmp_path / "data" / "digits").mkdir(parents=True)
-    shutil.copy(ROOT / "data" / "digits" / "prepare.py", tmp_path / "data" / "digits")
+@pytest.mark.parametrize(("name", "classes"), [("digits", 10), ("photos", 2)])
+def test_a_missing_bundled_set_is_prepared_and_its_classes_counted(name, classes, tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = [a for a in TINY if not a.startswith("--num-classes")]
-    assert script("train_min.py", *arguments, "--steps=1", "--samples=0", "--out=here")[0] == 0
+    arguments = [a for a in TINY if not a.startswith(("--num-classes", "--input-size", "--in-channels"))]
+    assert script("train_min.py", f"--preset={name}", *arguments, "--steps=1", "--samples=0", "--out=here")[0] == 0
     assert sorted(p.name for p in Path("here").iterdir()) == ["ckpt.pt", "log.jsonl"]
-    assert torch.load("here/ckpt.pt")["config"]["num_classes"] == 10
+    assert torch.load("here/ckpt.pt")["config"]["num_classes"] == classes
+    message = f"no prepared data set in else/{name}; make it: python data/{name}/prepare.py --out else/{name}"
+    code = script("train_min.py", f"--preset={name}", *arguments, f"--data=else/{name}", "--out=there")[0]
+    assert message in code, "only where the data sets of this repository lie"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_every_flag_reaches_its_field():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--preset=nope"], "unknown preset 'nope'; known: S/2, B/2, L/2, pixels32, digits"),
+    (["--preset=nope"], "unknown preset 'nope'; known: S/2, B/2, L/2, pixels32, photos, digits"),
     (["--hidden-size=18"], "hidden_size 18 must be a multiple of 4"),
     (["--patch-size=3"], "patch_size 3 does not divide input_size 8"),
     (["--lr=-1"], "Training.lr must be"),

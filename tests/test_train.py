@@ -550,7 +550,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(part, field, value)
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: preset("XL/2"), "unknown preset 'XL/2'; known: S/2, B/2, L/2, pixels32, digits"),
+    (lambda: preset("XL/2"), "unknown preset 'XL/2'; known: S/2, B/2, L/2, pixels32, photos, digits"),
     (lambda: override(CONFIG, hiden_size=8), "unknown field 'hiden_size' of Config; known: input_size, patch_size"),
     (lambda: override(RUN, learning_rate=1.0), "unknown field 'learning_rate' of Training; known: data, out, steps"),
     (lambda: Config(hidden_size=18), "hidden_size 18 must be a multiple of 4"),
