@@ -188,8 +188,8 @@ def dydila_attention(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, diff
             return torch.ops.dydilit.attention_fwd(*tensors, normalize, router_grad, eps)[0].to(v.dtype)
         return torch.ops.dydilit.attention(*tensors, normalize, eps).to(v.dtype)  # which keeps nothing for a backward
     with torch.autocast(q.device.type, enabled=False):  # in 16 bits every linear attention so far has met NaN
-        measured = (measure(*z, router_grad) for z in zip((q, k, q_prime, k_prime), [gamma] * 4, kernel_routers))
-        q_t, k_t, qp_t, kp_t = measured
+        q_t, k_t, qp_t, kp_t = (measure(z, gamma, router, router_grad)
+                                for z, router in zip((q, k, q_prime, k_prime), kernel_routers))
         dq = difference(q_t, qp_t, lam, difference_routers[0], router_grad)
         dk = difference(k_t, kp_t, lam, difference_routers[1], router_grad)
         return linear_attention(dq, dk, wide(v), normalize, eps).to(v.dtype)
@@ -232,8 +232,7 @@ def fused_backward(ctx, dout, *_):
     grads = torch.ops.dydilit.attention_bwd(dout, *ctx.saved_tensors[:9], *ctx.options, *ctx.saved_tensors[9:])
     return *(grads if ctx.options[1] else grads[:7] + (None, None)), None, None, None
 
-def fused_twice(ctx, *_):
-    raise RuntimeError("the fused op has no second derivatives; backend='reference' has")
+def fused_twice(ctx, *_): raise RuntimeError("the fused op has no second derivatives; backend='reference' has")
 
 if FUSED_DEVICES:
     torch.library.register_fake("dydilit::attention", lambda q, *_: q.new_empty(q.shape))
@@ -320,8 +319,7 @@ class GLUMBConv(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.inverted_conv = nn.Linear(dim, 8 * dim)
-        self.depth_conv = nn.Conv2d(8 * dim, 8 * dim, 3, padding=1, groups=8 * dim)
-        self.depth_conv.to(memory_format=torch.channels_last)  # as its gradient will be
+        self.depth_conv = nn.Conv2d(8 * dim, 8 * dim, 3, 1, 1, groups=8 * dim).to(memory_format=torch.channels_last)
         self.point_conv = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x, grid):
@@ -384,8 +382,7 @@ class Block(nn.Module):
     def forward(self, x, c, grid):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
-        x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp), grid)
-        return x
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp), grid)
 
 class FinalLayer(nn.Module):
     def __init__(self, config):
@@ -404,8 +401,7 @@ class DyDiLiT(nn.Module):
     def __init__(self, config, blocks=None):
         super().__init__()
         self.config = config
-        side = config.input_size // config.patch_size
-        self.grid = (side, side)
+        self.grid = (config.input_size // config.patch_size,) * 2
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
@@ -420,15 +416,13 @@ class DyDiLiT(nn.Module):
         return x.unflatten(2, (p, p, -1)).unflatten(1, (h, w)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def forward(self, x, t, y):
-        if x.shape[1:] != (self.config.in_channels, self.config.input_size, self.config.input_size):
-            raise ValueError(f"x is {tuple(x.shape)}; this model takes (B, {self.config.in_channels}, "
-                             f"{self.config.input_size}, {self.config.input_size})")
+        shape = (self.config.in_channels, self.config.input_size, self.config.input_size)
+        if x.shape[1:] != shape: raise ValueError(f"x is {tuple(x.shape)}; this model takes (B, {str(shape)[1:]}")
         x = self.x_embedder(x) + self.pos_embed          # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)      # (B, D)
         for block in self.blocks:
             x = block(x, c, self.grid)                   # (B, N, D)
-        x = self.final_layer(x, c)                       # (B, N, p p 2C)
-        return self.unpatchify(x)                        # (B, 2C, H, W)
+        return self.unpatchify(self.final_layer(x, c))   # (B, 2C, H, W)
 
 @torch.no_grad()
 def initialize(model):
@@ -490,7 +484,6 @@ def with_guidance(model, scale, channels):
         no_label = torch.full_like(y, model.config.num_classes)
         out, free = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, no_label])).chunk(2)
         return torch.cat([(free + scale * (out - free))[:, :channels], out[:, channels:]], dim=1)
-
     return model if scale == 1.0 else guided
 
 class Diffusion:
