@@ -1,6 +1,7 @@
 """eval_min.py, metrics.py: the figures against independent computations, and every file they must refuse."""
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -12,12 +13,13 @@ import fidelity
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from scipy.stats import entropy
 from sklearn.decomposition import PCA
 from sklearn.model_selection import StratifiedKFold
-from util import assert_close
+from util import assert_close, save_vae
 
 import metrics
 
@@ -825,6 +827,36 @@ def test_row_of_metrics_by_the_real_command(weights, small, by_hand, tmp_path):
     assert float(row["IS"]) == pytest.approx(np.exp(entropy(p, p.mean(0, keepdims=True), axis=1).mean()), rel=1e-3)
     assert (float(row["precision"]), float(row["recall"])) == pytest.approx(brute_force(g[0], f[0]), abs=1e-4)
     assert (row["n"], row["cfg"], row["steps"], row["seed"]) == ("12", "1.5", "250", "-")
+
+
+def test_from_images_to_a_row_of_the_table(weights, tmp_path):
+    """The README's commands, one after the other, on 18 images of three classes and a tiny autoencoder."""
+    rng = np.random.default_rng(0)
+    for i in range(18):
+        (tmp_path / "in" / "abc"[i % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "in" / "abc"[i % 3] / f"{i}.png")
+    save_vae(tmp_path / "vae")
+    prepare = "data/imagefolder/prepare.py in --size 16 --classes 2 --held-out 0 --out"
+    model = "--preset S/2 --input-size 8 --hidden-size 16 --depth 1"
+    for line in (f"{prepare} latents --vae vae", f"{prepare} pixels",
+                 f"train_min.py {model} --data latents --out out --steps 4 --batch-size 4 "
+                 "--samples 0",
+                 "sample_min.py out/ckpt.pt --images 10 --batch 6 --steps 3 --cfg 4 --vae vae --out samples.npz",
+                 "eval_min.py pixels --make-reference reference.npz --inception WEIGHTS",
+                 "eval_min.py samples.npz reference.npz --inception WEIGHTS --kid-subset-size 8"):
+        script, *arguments = line.replace("WEIGHTS", str(weights)).split()
+        r = subprocess.run([sys.executable, ROOT / "tests/fidelity.py", ROOT / script, *arguments], text=True,
+                           cwd=tmp_path, capture_output=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        assert r.returncode == 0, f"{line}: {r.stdout}{r.stderr}"
+    with np.load(tmp_path / "samples.npz") as made, np.load(tmp_path / "reference.npz") as real:
+        assert made["arr_0"].shape == (10, 16, 16, 3) and made["arr_0"].dtype == np.uint8
+        assert real["arr_0"].shape == (12, 16, 16, 3) and real["mu"].shape == (2048,) and real["mu_s"].shape == (2023,)
+        f, g = (metrics.inception(weights)(z["arr_0"]) for z in (made, real))
+    row = measured(r.stdout)
+    want = metrics.frechet_distance(*metrics.statistics(f[0]), *metrics.statistics(g[0]))
+    assert float(row["FID"]) == pytest.approx(want, rel=1e-3) and float(row["FID"]) > 0
+    assert (float(row["precision"]), float(row["recall"])) == pytest.approx(brute_force(g[0], f[0]), abs=1e-4)
+    assert (row["n"], row["cfg"], row["steps"], row["sampler"]) == ("10", "4.0", "3", "ddpm")
 
 
 def test_without_torch_fidelity(monkeypatch):
