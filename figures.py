@@ -27,7 +27,7 @@ from probe import noisy, usage, watched
 
 RUNGS = {"ladder-0-sana": "Sana", "ladder-1-focused": "+ focused kernel", "ladder-2-measure": "+ dynamic measure",
          "ladder-3-projection": "+ dynamic projection", "ladder-4-difference": "+ token difference",
-         "DyDi-LiT": "+ convolution = DyDi-LiT"}
+         "DyDi-LiT": "DyDi-LiT"}
 LOOKS = {model: (colour, "-") for model, colour in zip(
     RUNGS, ("#9ecae1", "#4292c6", "#084594", "#fdae6b", "#f16913", "#b30000"))} | {
     "DiT": ("black", "--"), "Sana": ("#9ecae1", "-"), "map-wise": ("#238b45", "-."), "rising-lambda": ("#74c476", ":"),
@@ -52,6 +52,11 @@ def band(axes, x, rows, model, **how):
     axes.fill_between(x, rows.min(0), rows.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
 
 
+def few(x, _):
+    """The ticks of a logarithmic axis that get a number: 1, 2 and 5 times a power of ten."""
+    return f"{x:g}" if f"{x:e}"[0] in "125" else ""
+
+
 def panels(models):
     """Two lists: the rungs of the ladder, and the rest with DyDi-LiT; one if either would have less than two."""
     rungs, rest = [m for m in RUNGS if m in models], [m for m in models if m not in RUNGS or m == "DyDi-LiT"]
@@ -68,7 +73,7 @@ def image_of(x):
 
 
 def curves(path, logs):
-    """The first fifth of the run is left out: it would flatten the rest. logs: {model: [lines of each seed's log]}."""
+    """The first two fifths of the run are left out: they would flatten the rest. logs: {model: [each seed's lines]}."""
     held = {m: [[(x["step"], x["held_out_loss"]) for x in log if "held_out_loss" in x] for log in seeds]
             for m, seeds in logs.items()}
     if not all(log for seeds in held.values() for log in seeds): return None
@@ -76,12 +81,10 @@ def curves(path, logs):
     for axis, models in zip(axes[0], panels(held)):
         for model in models:
             steps, losses = np.moveaxis(np.array(held[model]), -1, 0)
-            shown = steps[0] >= 0.2 * steps[0][-1]
+            shown = steps[0] >= 0.4 * steps[0][-1]
             band(axis, steps[0][shown], losses[:, shown], model)
-        axis.set(xlabel="step", yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(True, which="both", alpha=0.25)
+        axis.set(xlabel="step")
+        axis.grid(True, alpha=0.25)
         axis.legend(frameon=False)
     axes[0, 0].set_ylabel("loss on held-out images, averaged weights")
     return save(figure, path)
@@ -171,8 +174,7 @@ def smoothness(path, of):
     axes[0, 0].set(title="row entropy / log N: 1 is uniform, oversmoothed", xlabel="depth (block / blocks)")
     axes[0, 1].set(title="row variance times N squared: 0 is uniform", xlabel="depth (block / blocks)", yscale="log")
     axes[0, 1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes[0, 1].yaxis.set_major_formatter("{x:g}")
-    axes[0, 1].yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    for part in (axes[0, 1].yaxis.set_major_formatter, axes[0, 1].yaxis.set_minor_formatter): part(few)
     for axis in axes[0]: axis.grid(which="both", alpha=0.25)
     return save(figure, path)
 
@@ -186,8 +188,9 @@ def resolutions(path, points, where):
             axis.plot(pixels, y, "o", label=model, color=LOOKS[model][0], linestyle=LOOKS[model][1], markersize=3)
     for axis, label in zip(axes[0], ("seconds", "MiB beyond the weights")):
         axis.set(xlabel="pixels, height = width", ylabel=label, xscale="log", yscale="log", xticks=pixels)
+        axis.set_xticks([], minor=True)
         axis.set_xticklabels([f"{p:.0f}" for p in pixels])
-        axis.minorticks_off()
+        for part in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter): part(few)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     figure.suptitle(f"one sampling step of one image, size S/2; {where}", fontsize=8)

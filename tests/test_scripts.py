@@ -391,6 +391,24 @@ def test_make_train_runs_what_the_readme_says():
     assert "runs `torchrun train_min.py`" in " ".join((ROOT / "README.md").read_text().split())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's way with memory")
+def test_what_a_step_frees_the_next_one_finds():
+    """In a process of its own: a step of twelve 4 MiB tensors costs their pages once, where every step did before."""
+    code = """
+import resource, torch, sample_min
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**20) for _ in range(12)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def main(): print(*then, faults(), faults())
+then = faults(), faults()
+torch.cuda.is_available = lambda: False
+sample_min.run(main)
+"""
+    before, again, first, after = map(int, finish(start("-c", code))[0].split())
+    assert min(before, again, first) > 12 and after <= 0.1 * again
+
+
 def test_every_script_and_flag_of_the_readme_exists(commands, script):
     seen = 0
     for command in commands:
