@@ -424,6 +424,7 @@ def test_every_script_and_flag_of_the_readme_exists(commands, script):
             help_text = subprocess.run(command_help, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
         else:
             help_text = script(command[where], "--help")[1]
+            if command[where] == "ablate.py": help_text += script("train_min.py", "--help")[1]  # it passes them on
         for word in command[where + 1 :]:
             if word.startswith("--"):
                 assert re.search(rf"(^|[\s,\[]){re.escape(word.split('=')[0])}\b(?!-)", help_text), (command, word)
@@ -438,3 +439,16 @@ def test_every_train_command_of_the_readme_is_accepted(commands):
         if "train_min.py" in command:
             arguments = command[command.index("train_min.py") + 1 :]
             train_min.parse([a for a in arguments if a != "..."])
+
+
+def test_every_ablate_command_of_the_readme_is_accepted(commands, monkeypatch):
+    import ablate
+    import train_min
+
+    planned = []
+    monkeypatch.setattr(train_min, "fit_to_data", lambda *_: None)
+    monkeypatch.setattr(ablate, "complete", lambda runs, *_: planned.append(len(runs)))
+    monkeypatch.setattr(ablate, "report", lambda *_: "")
+    for command in commands:
+        if "ablate.py" in command: ablate.main(command[command.index("ablate.py") + 1 :])
+    assert planned == [9, 3 * len(ablate.REDUCED)]
