@@ -1,8 +1,8 @@
 """The paper's ablations and comparisons, re-run on the data at hand: one table, and the figures.
 
     python ablate.py                            every rung on the digits, three seeds, with the recipe of train_min.py
-    python ablate.py --size photos --models DiT ladder-0-sana DyDi-LiT no-normalize
-    python ablate.py --size S/2 --data data/NAME --out out/NAME --nproc 8 --bf16
+    python ablate.py --preset-size photos --models DiT ladder-0-sana DyDi-LiT no-normalize
+    python ablate.py --preset-size S/2 --data data/NAME --out out/NAME --nproc 8 --bf16
 
 Every run is one of train_min.py, with the same data, seeds and budget, in a folder of its own, OUT/<model>/<seed>;
 flags that are not listed here are train_min.py's. Finished runs are not repeated, an interrupted one goes on where it
@@ -238,7 +238,8 @@ def main(argv):
     if argv[:1] == ["--run"]: return work(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--size", default="digits", help="a preset of dydilit.py (default %(default)s)")
+    parser.add_argument("--preset-size", dest="size", metavar="SIZE", default="digits",
+                        help="a preset of dydilit.py (default %(default)s)")
     parser.add_argument("--models", nargs="+", default=REDUCED, metavar="MODEL",
                         help=f"of {', '.join([*ALTERNATIVES, *VARIANTS])} (default: {' '.join(REDUCED)})")
     parser.add_argument("--data", help="prepared folder (default: that of the preset's recipe)")

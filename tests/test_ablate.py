@@ -386,7 +386,7 @@ def test_killed_and_continued_it_gives_the_same_table(finished, digits, tmp_path
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--models", "DiT", "DyDiT"], r"unknown model 'DyDiT'; known: DyDi-LiT, no-normalize, .*batch-norm, DiT, .*map-w"),
-    (["--size=S/3"], r"unknown preset '\S*S/3'; known: S/2, B/2, L/2, pixels32, photos, digits"),
+    (["--preset-size=S/3"], r"unknown preset '\S*S/3'; known: S/2, B/2, L/2, pixels32, photos, digits"),
     (["--seeds=0"], "--seeds, --jobs and --nproc must be at least 1"),
     (["--models", "DiT", "--lr=-1"], "Training.lr must be"),
 ])
