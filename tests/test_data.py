@@ -617,7 +617,8 @@ def test_ctrl_c_with_workers_leaves_nothing(tmp_path):
     for i in range(600): os.link(root / "a" / "000.png", root / "a" / f"{i + 1:03d}.png")
     out = tmp_path / "out"
     run = subprocess.Popen([sys.executable, ROOT / "data/imagefolder/prepare.py", root, "--size", "8", "--out", out,
-                            "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                            "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's & ignores it
     end = time.monotonic() + 20
     while not (out / "tmp.images.npy").exists() and time.monotonic() < end: time.sleep(0.02)
     time.sleep(0.7)                                                         # let the workers start
