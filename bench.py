@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import dydilit
 from baselines import multiply_adds, preset
 from dydilit import Diffusion, dydila_attention
+from sample_min import keep_memory
 
 # (B, N, D, n_F = n_D)
 CPU_SIZES = [(8, 256, 384, 9), (2, 1024, 768, 21), (1, 4096, 768, 21)]
@@ -307,7 +308,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{machine(device)}; torch {torch.__version__}")
     if args.memory: return memory(args.preset, args.batch)
-    if args.step: return training_step(args.preset, args.batch, args.repeats)
+    if args.step:
+        if device == "cpu": keep_memory()  # as every script here does
+        return training_step(args.preset, args.batch, args.repeats)
     for size in GPU_SIZES if device == "cuda" else CPU_SIZES:
         report(size, dtype, device, args.repeats, not args.no_compile)
     if args.plot: plot(args.plot, dtype, device, args.repeats)
