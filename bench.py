@@ -144,15 +144,17 @@ def plot(path, dtype, device, repeats):
     for N in sizes:
         leaves, dout = inputs(max(1, sizes[-1] // N), N, 384, 9, dtype, device)
         for name, times in measure(contestants(device, False), forward_backward, leaves, dout, device, repeats).items():
-            lines.setdefault(name, []).append(1e9 * min(times) / (dout.shape[0] * N))
-    for name, values in lines.items(): plt.plot(sizes, values, marker="o", label=name)
-    plt.xscale("log", base=2)
-    plt.yscale("log")
-    plt.xlabel("N, tokens per image")
-    plt.ylabel("forward + backward, ns per token")
-    plt.title(f"D 384, {str(dtype)[6:]}, {device}, {torch.get_num_threads()} thread(s)")
-    plt.legend()
-    plt.savefig(path, dpi=120, bbox_inches="tight")
+            lines.setdefault(name, []).append(1e6 * min(times) / (dout.shape[0] * N))
+    axes = plt.figure(figsize=(6, 3.8), layout="constrained").gca()
+    for name, values in lines.items(): axes.plot(sizes, values, marker="o", markersize=4, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="N, tokens per image", xticks=sizes, xticklabels=sizes,
+             ylabel="microseconds per token, forward and backward",
+             title=f"D 384, {str(dtype)[6:]}, {machine(device)}")
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    plt.savefig(path, dpi=130)
 
 
 GIB = 2**30
