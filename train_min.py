@@ -113,6 +113,8 @@ def plot_loss(log_path, path):
     axes.plot([x["step"] for x in held], [x["held_out_loss"] for x in held], "o-", markersize=3,
               label="held out, averaged weights")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
+    for part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        part(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "1235" else "")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
