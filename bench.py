@@ -311,7 +311,7 @@ def main():
     print(f"{machine(device)}; torch {torch.__version__}")
     if args.memory: return memory(args.preset, args.batch)
     if args.step:
-        if device == "cpu": keep_memory()  # as every script here does
+        if device == "cpu": keep_memory()  # as train_min.py does
         return training_step(args.preset, args.batch, args.repeats)
     for size in GPU_SIZES if device == "cuda" else CPU_SIZES:
         report(size, dtype, device, args.repeats, not args.no_compile)

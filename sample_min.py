@@ -249,14 +249,14 @@ def main():
 
 def keep_memory():
     """Have glibc keep what is freed for the next step. It would give it back to the system, and a step on a CPU would
-    spend up to a third of its time on page faults."""
+    spend a fifth of its time on page faults (NOTES.md)."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_... of malloc.h
         for option, value in ((trim_threshold, -1), (top_pad, 2**26), (mmap_max, 0)): mallopt(option, value)
 
 
 def run(main, *errors):
-    """main(), with `errors` as one line and exit status 1."""
+    """main(), with `errors` as one line and exit status 1; on a CPU, with memory kept."""
     if not torch.cuda.is_available(): keep_memory()
     code = 0
     try: main()

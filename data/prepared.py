@@ -1,4 +1,5 @@
 """Putting a small prepared set into its folder (README.md beside this has the layout); digits and photos share it."""
+import argparse
 import json
 import os
 from pathlib import Path
@@ -39,3 +40,14 @@ def write(out, images, labels, meta):
     size = sum((out / name).stat().st_size for name in NAMES)
     print(f"{out}: {meta['name']}, images {images.shape} {images.dtype}, {len(meta['classes'])} classes, "
           f"{meta['held_out']} held out, {size / 1e6:.2f} MB")
+
+
+def command(prepare, folder, what):
+    """The command line of a set: prepare(--out), by default into `folder`. An error is one line."""
+    parser = argparse.ArgumentParser(description=f"prepare {what}")
+    parser.add_argument("--out", default=folder, help="folder to write (default: this script's)")
+    args = parser.parse_args()
+    try:
+        prepare(args.out)
+    except (ValueError, OSError) as e:
+        parser.error(str(e))

@@ -4,7 +4,6 @@
 
 1,797 grey images of 8 x 8 pixels, ten classes, no download. Takes a second.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from prepared import shuffle, write
+from prepared import command, shuffle, write
 
 HELD_OUT = 180
 SEED = 0
@@ -41,14 +40,7 @@ def prepare(out):
     write(out, images, labels, meta)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="prepare scikit-learn's digits")
-    parser.add_argument("--out", default=Path(__file__).parent, help="folder to write (default: this script's)")
-    args = parser.parse_args()
-    try:
-        prepare(args.out)
-    except (ValueError, OSError) as e:
-        parser.error(str(e))
+def main(): command(prepare, Path(__file__).parent, "scikit-learn's handwritten digits")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ neighbouring strips of one kind, so no held-out crop shares a pixel with a train
 leaves, pavilion and petals. Crops begin every 9 pixels: near enough for some thousands of them, of which neighbours
 share 72 %, and odd, so that neither the JPEG's 8 x 8 blocks nor the patches lie alike in all crops.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 from sklearn.datasets import load_sample_images
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from prepared import shuffle, write
+from prepared import command, shuffle, write
 
 SIDE, STRIDE, STRIP, SEED = 32, 9, 64, 0
 
@@ -55,14 +54,7 @@ def prepare(out):
     write(out, np.concatenate(images), np.concatenate(labels).astype(np.int64), meta)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="prepare crops of scikit-learn's two photographs")
-    parser.add_argument("--out", default=Path(__file__).parent, help="folder to write (default: this script's)")
-    args = parser.parse_args()
-    try:
-        prepare(args.out)
-    except (ValueError, OSError) as e:
-        parser.error(str(e))
+def main(): command(prepare, Path(__file__).parent, "crops of scikit-learn's two photographs")
 
 
 if __name__ == "__main__":
