@@ -42,7 +42,7 @@ bench: setup ext
 	$(BIN)/python bench.py --step
 
 ablate: setup ext
-	$(BIN)/python ablate.py --steps 500 --ema-decay 0.98 --sampling-steps 25 --eval-every 50
+	$(BIN)/python ablate.py --steps 400 --ema-decay 0.98 --sampling-steps 25 --eval-every 50
 
 gpu:
 	$(if $(filter command%,$(origin PYTHON)),$(PYTHON),$(BIN)/python) gpu.py

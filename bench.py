@@ -310,9 +310,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{machine(device)}; torch {torch.__version__}")
     if args.memory: return memory(args.preset, args.batch)
-    if args.step:
-        if device == "cpu": keep_memory()  # as train_min.py does
-        return training_step(args.preset, args.batch, args.repeats)
+    if device == "cpu": keep_memory()  # as train_min.py does; else page faults fall on one or the other by chance
+    if args.step: return training_step(args.preset, args.batch, args.repeats)
     for size in GPU_SIZES if device == "cuda" else CPU_SIZES:
         report(size, dtype, device, args.repeats, not args.no_compile)
     if args.plot: plot(args.plot, dtype, device, args.repeats)

@@ -24,7 +24,7 @@ DISPATCH void Rows<T>::phi(int64_t rows, int64_t D, const T* z, int64_t ldz, con
     T tt = 0, pp = 0;
 #pragma omp simd reduction(+ : tt, pp)
     for (int64_t j = 0; j < D; j++) {  // not in the loop above: a core overlaps short chains of operations better
-      const T t = y[j], p = t * (u[j] = power_less_one(t, l[j], g));  // p = t^gamma
+      const T t = y[j], p = t * (u[j] = power_less_one(l[j], g));  // p = t^gamma
       y[j] = p;
       tt += t * t;
       pp += p * p;

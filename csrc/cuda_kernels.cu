@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, f
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
       const float t = relu(z[prime][i]) * inv_m;               // t = r / m
-      z[prime][i] = t * power_less_one(t, log2_of(t), gamma);  // p = t^gamma
+      z[prime][i] = t * power_less_one(log2_of(t), gamma);  // p = t^gamma
       sums[2 * prime] += t * t;
       sums[2 * prime + 1] += z[prime][i] * z[prime][i];
     }
@@ -462,7 +462,7 @@ __global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features
     for (int i = 0; i < 8 * GROUPS; i++) {
       t[i] = relu(t[i]) * inv_m;
       l[i] = log2_of(t[i]);
-      u[i] = power_less_one(t[i], l[i], gamma);
+      u[i] = power_less_one(l[i], gamma);
       const float p = t[i] * u[i];  // p = t^gamma
       sums[0] += t[i] * t[i];
       sums[1] += p * p;

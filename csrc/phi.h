@@ -41,17 +41,16 @@ HOST_DEVICE float log2_of(float x) {
 // 2^x, |x| < 2^22; 1 ulp. 0 below 2^-126, at most 2^127.
 HOST_DEVICE float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
-  return exp2f(x);
+  return exp2f(x > 127.0f ? 127.0f : x);
 #else
-  const float shifted = x + 12582912.0f;        // 1.5 * 2^23, or 0x4b400000: the low bits hold n = round(x)
-  const float f = x - (shifted - 12582912.0f);  // x - n, in [-1/2, 1/2]
+  const float offset = 12582912.0f + 127.0f;  // 1.5 * 2^23: floats of its size are the integers, so a sum is rounded to one
+  const float shifted = x + offset, f = x - (shifted - offset);  // f = x - n in [-1/2, 1/2], n = round(x)
   int32_t n;
-  std::memcpy(&n, &shifted, 4);
-  n -= 0x4b400000;
-  n = n < -127 ? -127 : n;
-  n = n > 127 ? 127 : n;
-  n = (n + 127) * (1 << 23);
-  float two_n;  // 0 for n = -127
+  std::memcpy(&n, &shifted, 4);  // 0x4b400000 + 127 + n
+  n = n < 0x4b400000 ? 0x4b400000 : n;
+  n = n > 0x4b400000 + 254 ? 0x4b400000 + 254 : n;
+  n = int32_t(uint32_t(n) << 23);  // the bits of 2^n; of 0 for n = -127
+  float two_n;
   std::memcpy(&two_n, &n, 4);
   const float f2 = f * f;
   const float high = (0.0555032864f + 0.00961848907f * f) + (0.00133999309f + 0.000153458124f * f) * f2;
@@ -60,7 +59,7 @@ HOST_DEVICE float exp2_of(float x) {
 }
 
 HOST_DEVICE double log2_of(double x) { return log2(x < DBL_MIN ? DBL_MIN : x); }
-HOST_DEVICE double exp2_of(double x) { return exp2(x); }
+HOST_DEVICE double exp2_of(double x) { return exp2(x > 1023 ? 1023 : x); }
 HOST_DEVICE float smallest(float) { return FLT_MIN; }
 HOST_DEVICE double smallest(double) { return DBL_MIN; }
 
@@ -82,15 +81,12 @@ HOST_DEVICE T relu(T z) { return z < 0 ? T(0) : z; }
 template <class T>
 HOST_DEVICE T reciprocal(T m) { return 1 / (m < smallest(m) ? smallest(m) : m); }
 
-// u = t^(gamma - 1) from l = log2 t, and 0 where t is 0; then p = t^gamma = t u
+// u = t^(gamma - 1) from l = log2 t; then p = t^gamma = t u. Where t is 0, u is some number, not infinity.
 template <class T>
-HOST_DEVICE T power_less_one(T t, T l, T gamma) {
-  const T u = exp2_of((gamma - 1) * l);
-  return t >= smallest(t) ? u : T(0);
-}
+HOST_DEVICE T power_less_one(T l, T gamma) { return exp2_of((gamma - 1) * l); }
 
 // With G = dy and the row sums a = <G, p>, b = <G, p l>, h = <p, p l>:
-//   dz_j   = (s / n) gamma u_j (G_j - c p_j) + a / (n s) t_j,  c = a / n^2   (0 where z_j <= 0, for there u = t = 0)
+//   dz_j   = (s / n) gamma u_j (G_j - c p_j) + a / (n s) t_j,  c = a / n^2   (0 where z_j <= 0)
 //   dgamma = (m s / n) ln 2 (b - c h)
 // m carries no gradient: it cancels in p / |p|.
 template <class T>
@@ -103,7 +99,10 @@ struct PhiRowBackward {
     of_t = a / (row.n * row.s);
     dgamma = row.scale() * T(LN2) * (b - c * h);
   }
-  HOST_DEVICE T dz(T g, T t, T u) const { return of_u * u * (g - c * t * u) + of_t * t; }
+  HOST_DEVICE T dz(T g, T t, T u) const {
+    const T both = of_u * u * (g - c * t * u) + of_t * t;
+    return t >= smallest(t) ? both : T(0);
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
