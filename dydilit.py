@@ -777,11 +777,11 @@ def train(config, training, resume=False, on_step=None, on_eval=None):
             step += 1
             if on_step: on_step(step, mse + vb)
 
-            end = step == training.steps
-            if rank == 0 and (step % training.log_every == 0 or end):
+            end, due = step == training.steps, step % training.eval_every == 0
+            if rank == 0 and (step % training.log_every == 0 or due or end):
                 speed = round((step - first_step) * training.batch_size / (time.time() - began), 1)
                 line = dict(step=step, loss=mse + vb, mse=mse, vb=vb, lr=lr, grad_norm=norm, images_per_s=speed)
-                if held_out and (step % training.eval_every == 0 or end):
+                if held_out and (due or end):
                     with torch.no_grad(), autocast:
                         mse, vb = diffusion.loss(ema, *(z.to(device) for z in held_out))
                     line |= {"held_out_mse": mse.mean().item(), "held_out_loss": (mse + vb).mean().item()}

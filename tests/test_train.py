@@ -288,10 +288,10 @@ def test_log_holds_the_rate_of_each_step(run):
 
 
 def test_log_every_and_eval_every_and_the_last_step(run):
-    train(CONFIG, replace(run, steps=7, log_every=2, eval_every=4))
+    train(CONFIG, replace(run, steps=7, log_every=2, eval_every=3))  # neither a multiple of the other
     log = read_log(run.out)
-    assert [line["step"] for line in log] == [2, 4, 6, 7]
-    assert [line["step"] for line in log if "held_out_loss" in line] == [4, 7]
+    assert [line["step"] for line in log] == [2, 3, 4, 6, 7]
+    assert [line["step"] for line in log if "held_out_loss" in line] == [3, 6, 7]
 
 
 def test_held_out_losses_are_those_of_the_averaged_weights(run):
