@@ -1,7 +1,7 @@
 # make train   digits, from nothing to samples (about ten minutes on two cores)
 # make test    every test, on the CPU
 # make bench   speed of the attention and of a training step on this machine
-# make ablate  every rung of the ablations on the digits, three seeds: a table and the paper's figures (40 minutes)
+# make ablate  every rung of the ablations on the digits, three seeds: a table and the paper's figures (30 to 40 minutes)
 # make gpu     where there is a GPU: build with CUDA, every CUDA test, the sanitizers, the benchmark; out/gpu-*.md
 #              (make gpu PYTHON=python3 takes that interpreter's torch, on a machine where nothing can be installed)
 # make lint    ruff

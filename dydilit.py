@@ -777,7 +777,7 @@ def train(config, training, resume=False, on_step=None, on_eval=None):
             step += 1
             if on_step: on_step(step, mse + vb)
 
-            end, due = step == training.steps, step % training.eval_every == 0
+            end, due = step == training.steps, held_out and step % training.eval_every == 0
             if rank == 0 and (step % training.log_every == 0 or due or end):
                 speed = round((step - first_step) * training.batch_size / (time.time() - began), 1)
                 line = dict(step=step, loss=mse + vb, mse=mse, vb=vb, lr=lr, grad_norm=norm, images_per_s=speed)

@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, f
     const float inv_m = reciprocal(m[prime]);
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
-      const float t = relu(z[prime][i]) * inv_m;               // t = r / m
+      const float t = relu(z[prime][i]) * inv_m;            // t = r / m
       z[prime][i] = t * power_less_one(log2_of(t), gamma);  // p = t^gamma
       sums[2 * prime] += t * t;
       sums[2 * prime + 1] += z[prime][i] * z[prime][i];

@@ -38,7 +38,7 @@ HOST_DEVICE float log2_of(float x) {
 #endif
 }
 
-// 2^x, |x| < 2^22; 1 ulp. 0 below 2^-126, at most 2^127.
+// 2^x, |x| < 2^22; 1 ulp where -126 <= x <= 127. Further down it goes to 0, further up it stays near 2^127: never infinite.
 HOST_DEVICE float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
   return exp2f(x > 127.0f ? 127.0f : x);
