@@ -28,12 +28,6 @@ struct View {
   int64_t ld;
 };
 
-// x itself if its rows are evenly spaced, as those of one part of a joint projection are; else a copy
-Tensor even_rows(const Tensor& x) {
-  const bool even = x.stride(2) == 1 && x.stride(1) >= x.size(2) && x.stride(0) == x.size(1) * x.stride(1);
-  return even ? x : x.contiguous();
-}
-
 template <class S>
 View<const S> view(const Tensor& x) { return {x.const_data_ptr<S>(), x.stride(1)}; }
 

@@ -33,12 +33,6 @@ const S* const_pointer(const Tensor& x) { return static_cast<const S*>(x.const_d
 
 bool aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
 
-// x itself if its rows are evenly spaced, as those of one part of a joint projection are; else a copy
-Tensor even_rows(const Tensor& x) {
-  const bool even = x.stride(2) == 1 && x.stride(1) >= x.size(2) && x.stride(0) == x.size(1) * x.stride(1);
-  return even ? x : x.contiguous();
-}
-
 // x contiguous, of this dtype, and starting at a multiple of 16 bytes
 Tensor dense(const Tensor& x, at::ScalarType dtype) {
   const Tensor y = x.to(dtype).contiguous();

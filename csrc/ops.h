@@ -34,4 +34,11 @@ inline Shape check(const Tensor& q, const Tensor& k, const Tensor& q_prime, cons
   return s;
 }
 
+// x (B, N, D) itself if its rows are evenly spaced, stride(1) apart, as those of one part of a joint projection are; else
+// a copy. Of a dimension of size 1 any stride counts as contiguous: the two views give it its own.
+inline Tensor even_rows(const Tensor& x) {
+  const bool even = x.stride(2) == 1 && x.stride(1) >= x.size(2) && x.stride(0) == x.size(1) * x.stride(1);
+  return even ? x : x.contiguous().view({x.numel()}).view(x.sizes());
+}
+
 }  // namespace dydilit

@@ -228,6 +228,17 @@ def test_nothing_uninitialised_is_read_or_returned(size, dtype):
     for name, a, b in zip(NAMES, clean, poisoned): assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("D", [1, 8])
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_token_whose_stride_means_nothing(device, D):
+    """(1, B, D) transposed counts as contiguous, though its rows are not stride(1) apart."""
+    tensors, dout = inputs(5, 1, D, 3, 4, torch.float32, device=device)
+    odd = [t.view(1, 5, D).clone().transpose(0, 1) if t.shape == (5, 1, D) else t for t in [*tensors, dout]]
+    assert odd[0].is_contiguous() and odd[0].stride() == (D, 5 * D, 1)
+    for name, a, b in zip(NAMES, results(tensors, dout, "fused"), results(odd[:9], odd[9], "fused")):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(3, 200, 48, 9, 9), (1, 100, 160, 3, 3)], ids=str)
 def test_the_same_bits_for_every_number_of_threads(size, dtype):
