@@ -47,6 +47,11 @@ class Baseline(Config):
                              f"{self.shared_heads} shared ones")
         if self.differential != "none" and self.projection == "shared":
             raise ValueError(f"differential {self.differential!r} needs Q' and K': projection must be 'dynamic'")
+        if (self.batch_norm and not self.dwc) or (self.rising_lambda and self.differential == "none"):
+            raise ValueError("batch_norm needs dwc, and rising_lambda a differential: it would change nothing")
+        for name in ("kernel", "projection", "differential", "dwc", "rising_lambda", "batch_norm"):
+            if self.attention != "ladder" and getattr(self, name) != getattr(Baseline, name):
+                raise ValueError(f"{name} is for attention 'ladder', not for {self.attention!r}")
 
     def build(self):
         block, feed_forward = DiGBlock if self.attention == "gated" else Block, FEED_FORWARDS[self.feed_forward][0]

@@ -97,7 +97,7 @@ def power_kernel(z, gamma):
     r = wide(z).relu()
     alive = r > 0
     m = r.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
-    t = r / m  # t and t^gamma lie in [0, 1] whatever z and gamma are; m cancels, so it carries no gradient
+    t = r / m  # t and, for gamma >= 0, t^gamma lie in [0, 1] whatever z is; m cancels, so it carries no gradient
     p = torch.where(alive, torch.where(alive, t, 1) ** gamma, 0)
     s, n = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (t, p))
     return p / torch.where(n > 0, n, 1) * (m * s)
@@ -177,10 +177,11 @@ def dydila_attention(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, diff
     fused = q.device.type in FUSED_DEVICES
     if backend == "fused" and not fused:
         raise RuntimeError(f"no extension for {q.device.type} is here; python setup.py build_ext --inplace builds it")
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, q_prime, k_prime, v)))
     if backend == "auto" and q.is_cuda:  # what the CUDA kernels are made for
-        fused = fused and q.dtype != torch.float64 and q.shape[-1] <= 1536 and max(len(gamma), len(lam)) <= 256
+        fused = fused and torch.cuda.get_device_capability(q.device) >= (8, 0) and dtype != torch.float64
+        fused = fused and q.shape[-1] <= 1536 and max(len(gamma), len(lam)) <= 256
     if fused and backend != "reference":
-        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, q_prime, k_prime, v)))
         core = wide(q.new_empty(0, dtype=dtype)).dtype
         tensors = [x.to(dtype) for x in (q, k, q_prime, k_prime, v)]
         tensors += [x.to(core) for x in (gamma, lam, kernel_routers, difference_routers)]
@@ -196,13 +197,11 @@ def dydila_attention(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, diff
 
 def check_shapes(q, *rest):
     """ValueError unless the nine tensors of dydila_attention fit together, naming the one that does not."""
-    if q.dim() != 3:
-        raise ValueError(f"q must be (B, N, D), got {tuple(q.shape)}")
+    if q.dim() != 3: raise ValueError(f"q must be (B, N, D), got {tuple(q.shape)}")
     D, n_F, n_D = q.shape[-1], rest[4].numel(), rest[5].numel()
     names = ("k", "q_prime", "k_prime", "v", "gamma", "lam", "kernel_routers", "difference_routers")
     for name, x, shape in zip(names, rest, [q.shape] * 4 + [(n_F,), (n_D,), (4, D, n_F), (2, 2 * D, n_D)]):
-        if x.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(x.shape)}")
+        if x.shape != shape: raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(x.shape)}")
 
 # The same function fused, forward and backward: csrc/. Without it, or with one for another torch, the code above runs.
 FUSED_DEVICES = ()
@@ -547,8 +546,7 @@ class Diffusion:
         cfg_channels None guides all channels. Returns (B, C, H, W) float32; calls on_step() after every step.
         """
         config, device = model.config, y.device
-        if sampler not in ("ddpm", "ddim"):
-            raise ValueError(f"sampler must be 'ddpm' or 'ddim', got {sampler!r}")
+        if sampler not in ("ddpm", "ddim"): raise ValueError(f"sampler must be 'ddpm' or 'ddim', got {sampler!r}")
         if y.numel() and not (0 <= int(y.min()) and int(y.max()) < config.num_classes):
             raise ValueError(f"labels must be in 0 .. {config.num_classes - 1}, got {int(y.min())} .. {int(y.max())}")
         generators = [generator(seed, SAMPLE, i) for i in index]
@@ -597,7 +595,7 @@ class Training:
     ema_decay: float = 0.9999  # of the averaged weights that are sampled from
     grad_clip: float = 0.0  # largest gradient norm; 0 does not clip
     label_dropout: float = 0.1  # share of images that lose their label, for guidance
-    bf16: bool = False  # bfloat16 autocast; attention and routing stay in float32
+    bf16: bool = False  # bfloat16 autocast; kernels, routers and sums stay in float32
     seed: int = 0  # of weights, order, flips, timesteps, noise and dropped labels
     log_every: int = 100  # steps between lines of log.jsonl
     eval_every: int = 5_000  # steps between losses on the held-out images
@@ -607,8 +605,9 @@ class Training:
         check_fields(self, positive=("steps", "batch_size", "log_every", "eval_every", "ckpt_every"),
                      fractions=("decay", "ema_decay", "label_dropout"))
 
-# What may differ between a run and its continuation: none of it changes what a step computes (steps: but for decay).
-RESUMABLE = ("out", "steps", "micro_batch", "log_every", "eval_every", "ckpt_every")
+# What may differ between a run and its continuation, since it does not change what a step computes (steps: but for
+# decay). The rest may not, nor what meta.json says of the data.
+RESUMABLE = ("data", "vae", "out", "steps", "micro_batch", "log_every", "eval_every", "ckpt_every")
 
 class Data:
     """One prepared data set (data/README.md), memory-mapped and checked against the model that will read it."""
@@ -624,6 +623,7 @@ class Data:
         except (ValueError, EOFError) as e:
             raise ValueError(f"{path} is damaged (cut short?), prepare it again: {e}") from e
         self.n_train, self.null = len(self.images) - self.meta["held_out"], config.num_classes
+        self.meta["images"] = len(self.images)
         self.order = functools.lru_cache(1)(lambda seed, e: generator(seed, ORDER, e).permutation(self.n_train))
         self.scaling, kind, shape = self.meta.get("scaling"), "uint8", (channels, side, side)
         if self.scaling:  # latents: means, then standard deviations; of the image, then of its mirror image
@@ -665,7 +665,9 @@ def distributed():
     if device.type == "cuda": torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart by torchrun finds the keys of the dead in it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # a restart finds the keys of the dead in it
+            if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
+                raise ValueError("several machines restart only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun")
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
@@ -679,10 +681,8 @@ def save_checkpoint(path, state):
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
-    except RuntimeError as e:  # torch's name for a full disk
-        raise OSError(f"cannot write {beside}: {e}") from e
-    finally:
-        beside.unlink(missing_ok=True)
+    except RuntimeError as e: raise OSError(f"cannot write {beside}: {e}") from e  # torch's name for a full disk
+    finally: beside.unlink(missing_ok=True)
 
 def load_checkpoint(path):
     """What save_checkpoint wrote: a dict of model, ema, optimizer, step, config, training, meta (of the data)."""
@@ -702,9 +702,9 @@ def train(config, training, resume=False, on_step=None, on_eval=None):
     """Train, and leave ckpt.pt and log.jsonl in training.out. Returns the steps done, fewer if interrupted.
 
     resume continues from ckpt.pt if there is one; on_step(step, loss) is called after every step, on_eval(averaged
-    model, held-out batch) at every evaluation, and its dict joins the log. FileExistsError when `out` holds a run and
-    resume is off; ValueError for a checkpoint of another configuration or a batch that does not divide;
-    FloatingPointError at the first non-finite loss or gradient, the last checkpoint kept.
+    model, held-out batch; without one that of the step) at every evaluation, and its dict joins the log.
+    FileExistsError when `out` holds a run and resume is off; ValueError for a checkpoint of another configuration or a
+    batch that cannot be divided; FloatingPointError at the first non-finite loss or gradient, the last checkpoint kept.
     """
     rank, world, device = distributed()
     torch.manual_seed(training.seed)
@@ -712,22 +712,20 @@ def train(config, training, resume=False, on_step=None, on_eval=None):
     share = training.batch_size // world  # of each batch, for this process
     micro = training.micro_batch or share
     if training.batch_size % world or share % micro:
-        raise ValueError(f"batch_size {training.batch_size} must divide by {world} processes, their share by {micro=}")
+        raise ValueError(f"batch_size {training.batch_size} for {world} processes: not divisible, or not by {micro=}")
     model, ema = config.build().to(device), config.build().to(device).requires_grad_(False)
     ema.load_state_dict(model.state_dict())
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=training.lr, weight_decay=0.0, fused=True)
 
     step, ckpt_path, log_path = 0, Path(training.out, "ckpt.pt"), Path(training.out, "log.jsonl")
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun has started us again
     if not resume and (ckpt_path.exists() or log_path.exists()):
         raise FileExistsError(f"{training.out} holds another run; --resume continues it, --out names another folder")
     if resume and ckpt_path.exists():
-        ckpt = load_checkpoint(ckpt_path)  # the data go by their name: their folder may have moved
-        now, then = (asdict(config) | asdict(training), data.meta), (ckpt["config"] | ckpt["training"], ckpt["meta"])
-        now, then = (x | {"data": meta["name"], "latent scaling": meta.get("scaling")} for x, meta in (now, then))
+        ckpt = load_checkpoint(ckpt_path)
+        now, then = asdict(config) | asdict(training) | data.meta, ckpt["config"] | ckpt["training"] | ckpt["meta"]
         if differing := [k for k in then | now if k not in RESUMABLE and now.get(k) != then.get(k)]:
-            listed = ", ".join(f"{k} {then.get(k)!r} (now {now.get(k)!r})" for k in differing)
+            listed = ", ".join(f"{k} {then.get(k)!r:.60} (now {now.get(k)!r:.60})" for k in differing)
             raise ValueError(f"{ckpt_path} belongs to another configuration: {listed}")
         for part, state in ((model, "model"), (ema, "ema"), (optimizer, "optimizer")): part.load_state_dict(ckpt[state])
         step = ckpt["step"]
@@ -773,19 +771,21 @@ def train(config, training, resume=False, on_step=None, on_eval=None):
                 raise FloatingPointError(f"step {step}: loss {mse + vb}, gradient norm {norm}; {kept}")
             optimizer.step()
             optimizer.zero_grad()
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - training.ema_decay)
+            with torch.no_grad():  # or every average would keep the graph of all the earlier ones
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - training.ema_decay)
             step += 1
             if on_step: on_step(step, mse + vb)
 
-            end, due = step == training.steps, held_out and step % training.eval_every == 0
+            end, due = step == training.steps, (held_out or on_eval) and step % training.eval_every == 0
             if rank == 0 and (step % training.log_every == 0 or due or end):
                 speed = round((step - first_step) * training.batch_size / (time.time() - began), 1)
                 line = dict(step=step, loss=mse + vb, mse=mse, vb=vb, lr=lr, grad_norm=norm, images_per_s=speed)
                 if held_out and (due or end):
+                    parts = zip(*(z.to(device).split(micro) for z in held_out))  # in no more memory than training takes
                     with torch.no_grad(), autocast:
-                        mse, vb = diffusion.loss(ema, *(z.to(device) for z in held_out))
-                    line |= {"held_out_mse": mse.mean().item(), "held_out_loss": (mse + vb).mean().item()}
-                    line |= on_eval(ema, held_out) if on_eval else {}
+                        mse, vb = (torch.cat(z).mean().item() for z in zip(*(diffusion.loss(ema, *x) for x in parts)))
+                    line |= {"held_out_mse": mse, "held_out_loss": mse + vb}
+                if on_eval and (due or end): line |= on_eval(ema, held_out or batch)
                 with open(log_path, "a") as f: f.write(json.dumps(line) + "\n")
                 began, first_step = time.time(), step
             if rank == 0 and (step % training.ckpt_every == 0 or end or stop):

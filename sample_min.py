@@ -215,16 +215,18 @@ def main():
         raise ValueError("--per-class, --images and --batch must be at least 1")
     if Path(args.out).suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {args.out}")
+    if args.labels == "random" and not args.images: raise ValueError("--labels random needs --images")
     model, ckpt = load_model(args.checkpoint, args.heads)
     if args.export:
         export(ckpt, Path(args.export))
         return print(f"{args.export}: model.safetensors, config.json of step {ckpt['step']}")
     if not 1 <= (args.cfg_channels or 1) <= model.config.in_channels:
         raise ValueError(f"--cfg-channels must be between 1 and the model's {model.config.in_channels}")
+    if args.attention_dtype and not any(isinstance(module, DyDiLA) for module in model.modules()):
+        raise ValueError("--attention-dtype is for DyDiLA; this model has another attention")
     Diffusion(args.steps)  # a wrong number is an error now
     classes = labels_for(args.classes, ckpt["meta"]["classes"])
-    labels = (many_labels(classes, args.images, args.labels, args.seed) if args.images else
-              torch.tensor(classes).repeat_interleave(args.per_class))
+    labels = many_labels(classes, args.images or args.per_class * len(classes), args.labels, args.seed)
     given = ("cfg", "steps", "seed", "sampler", "cfg_channels", "vae", "dtype", "attention_dtype")
     settings = settings_of(model, ckpt, **{k: getattr(args, k) for k in given})
     rank, _, device = distributed()
@@ -241,7 +243,10 @@ def main():
     if rank > 0:
         return
     if npz != args.out:
-        with np.load(npz) as made: save_grid(args.out, made["arr_0"], args.per_class)
+        with np.load(npz) as made: images = made["arr_0"]
+        if not args.images:  # each class in a row of its own
+            images = images[np.arange(len(images)).reshape(args.per_class, -1).T.ravel()]
+        save_grid(args.out, images, args.per_class)
         Path(npz).unlink()
     print(f"{args.out}: {len(labels)} images from step {ckpt['step']}, {args.sampler} {args.steps} steps, "
           f"cfg {args.cfg}, seed {args.seed}")

@@ -94,12 +94,21 @@ def fit_to_data(config, training, given_classes):
     """Prepare a bundled set if it is missing; take the number of classes from the data unless it was given."""
     data, meta = Path(training.data), Path(training.data) / "meta.json"
     bundled = data.name in BUNDLED and data == Path("data") / data.name
-    if bundled and not meta.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-        runpy.run_path(str(Path(__file__).parent / data / "prepare.py"))["prepare"](data)
-    if dist.is_initialized(): dist.barrier()
+    for rank in ("RANK", "LOCAL_RANK"):  # one process first: the machines may share the folder, or not
+        if bundled and not meta.exists() and os.environ.get(rank, "0") == "0":
+            runpy.run_path(str(Path(__file__).parent / data / "prepare.py"))["prepare"](data)
+        if dist.is_initialized(): dist.barrier()
     if given_classes is None and meta.exists():
         config = override(config, num_classes=len(json.loads(meta.read_text())["classes"]))
     return config
+
+
+def again(argv):
+    """The command that continues a run, on as many processes and machines as this one has."""
+    local, machines = (int(os.environ.get(key, 1)) for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    options = [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"] if machines > 1 else []
+    if local > 1: options.append(f"--nproc_per_node={local}")
+    return shlex.join(["torchrun", *options, "train_min.py", *(a for a in argv if a != "--resume"), "--resume"])
 
 
 def plot_loss(log_path, path):
@@ -125,12 +134,12 @@ def train_and_sample(argv):
     config, training, args = parse(argv)
     rank, _, device = distributed()
     config = fit_to_data(config, training, args.num_classes)
-    again = f"{shlex.join(['torchrun', 'train_min.py', *(a for a in argv if a != '--resume')])} --resume"
     bar = Progress("train", training.steps, quiet=rank > 0)
     step = train(config, training, args.resume, lambda step, loss: bar(f"loss {loss:.4f}", step), usage_at_evaluation)
     out = Path(training.out)
     if step < training.steps:
-        if rank == 0: print(f"\nstopped at step {step} of {training.steps}, saved {out}/ckpt.pt; to go on: {again}")
+        said = f"stopped at step {step} of {training.steps}, saved {out}/ckpt.pt; to go on: {again(argv)}"
+        if rank == 0: print(f"\n{said}")
         sys.exit(130)
     if not args.samples:
         return training, None

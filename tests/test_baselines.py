@@ -759,7 +759,7 @@ def test_sample_min_samples_from_a_dit_file(dit_file, tmp_path, script):
                              "--classes", "4", "1", f"--vae={save_vae(tmp_path / 'vae')}", f"--out={tmp_path}/s.npz")
     assert code == 0 and "4 images" in stdout
     with np.load(tmp_path / "s.npz") as npz:
-        assert npz["arr_0"].shape == (4, 16, 16, 3) and npz["labels"].tolist() == [4, 4, 1, 1]
+        assert npz["arr_0"].shape == (4, 16, 16, 3) and npz["labels"].tolist() == [4, 1, 4, 1]
     code, _, _ = script("sample_min.py", dit_file[0], f"--out={tmp_path}/s.npz")
     assert code.startswith("sample_min.py: error: ") and "--heads" in code
 
@@ -894,6 +894,9 @@ def test_an_unknown_variant_lists_the_known():
     ({"heads": 6, "attention": "moh", "shared_heads": 6}, "routed_heads 1 must be between 1 and the 6 heads less"),
     ({"heads": 6, "attention": "moh", "routed_heads": 0}, "routed_heads 0 must be"),
     ({"projection": "shared"}, "differential 'token' needs Q' and K': projection must be 'dynamic'"),
+    ({"attention": "ladder", "batch_norm": True, "dwc": False}, "batch_norm needs dwc"),
+    ({"attention": "ladder", "rising_lambda": True, "differential": "none"}, "rising_lambda a differential"),
+    ({"kernel": "relu"}, "kernel is for attention 'ladder', not for 'softmax'"),
     ({"shared_heads": -1}, "Baseline.shared_heads must be between 0 and inf, got -1"),
     ({"heads": 2.0}, "Baseline.heads must be int"),
     ({"depth": 0}, "Baseline.depth must be between 1"),

@@ -526,7 +526,7 @@ def lacking(vae, path):
     (lambda vae, p: edited(vae, p, shift_factor=0.1), "also shifts its latents; only a scaling is provided for"),
     (lambda vae, p: save_vae(p, in_channels=1, out_channels=1), "takes 1 channels, images have 3"),
     (lambda vae, p: save_vae(p, block_out_channels=(8,) * 6, down_block_types=("DownEncoderBlock2D",) * 6,
-                             up_block_types=("UpDecoderBlock2D",) * 6), "size 16 does not divide by 32, the factor of"),
+                             up_block_types=("UpDecoderBlock2D",) * 6), "size 16 is not a multiple of 32, the factor of"),
 ], ids=["empty", "nowhere", "offline", "no weights", "other shape", "lacking", "shift", "grey", "factor"])
 def test_an_autoencoder_that_cannot_be_had_or_does_not_fit_is_refused_in_one_line(images, vae, tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as e:
@@ -762,7 +762,7 @@ def test_a_run_is_not_resumed_on_latents_of_another_scaling(run, plain, tmp_path
             del meta["scaling"]
             np.save(tmp_path / "other/set/images.npy", np.zeros((N, C, 8, 8), np.uint8))
         (tmp_path / "other/set/meta.json").write_text(json.dumps(meta))
-        with pytest.raises(ValueError, match=rf"another configuration: latent scaling 0.3 \(now {text}\)"):
+        with pytest.raises(ValueError, match=rf"another configuration: scaling 0.3 \(now {text}\)"):
             train(MODEL, replace(run, data=str(tmp_path / "other/set")), resume=True)
         assert contents(Path(run.out)) == before
 

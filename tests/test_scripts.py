@@ -20,6 +20,7 @@ from runs import CONFIG, ROOT, RUN, finish, flags, prepare_digits, start, torchr
 from torch.distributed.run import get_args_parser
 
 import sample_min
+from baselines import preset
 from dydilit import PRESETS, Config, Training, train
 from sample_min import save_grid
 from train_min import RECIPES
@@ -186,7 +187,7 @@ def test_every_flag_reaches_its_field():
     (["--steps=0"], "Training.steps must be"),
     (["--num-classes=5"], "labels 0 .. 9, the model 5 classes"),
     (["--in-channels=3"], "but the model reads uint8 (3, 8, 8)"),
-    (["--batch-size=10", "--micro-batch=3"], "batch_size 10 must divide by 1 processes"),
+    (["--batch-size=10", "--micro-batch=3"], "batch_size 10 for 1 processes: not divisible, or not by micro=3"),
     (["--data=nowhere"], "no prepared data set in nowhere; make it: python data/imagefolder/prepare.py ROOT --size 8"),
     (["--samples=-1"], "--samples must be 0 or at least 2"),
     (["--sampling-steps=1"], "--sampling-steps between 2 and 1000"),
@@ -260,14 +261,14 @@ def sample(script, zoo, tmp_path):
 def test_samples_of_every_class_by_default(sample):
     images, labels = sample()
     assert images.dtype == np.uint8 and images.shape == (6, 8, 8, 3)
-    assert labels.dtype == np.int64 and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert labels.dtype == np.int64 and labels.tolist() == [0, 1, 2, 0, 1, 2]  # every part has them all
 
 
 def test_classes_are_chosen_by_number_or_by_name(sample):
     by_number, labels = sample("--classes", "2", "0")
     by_name, names = sample("--classes", "owl", "cat")
-    assert labels.tolist() == names.tolist() == [2, 2, 0, 0] and (by_number == by_name).all()
-    assert (by_name != sample("--classes", "dog", "cat")[0])[:2].any()  # the same noise, another class
+    assert labels.tolist() == names.tolist() == [2, 0, 2, 0] and (by_number == by_name).all()
+    assert (by_name != sample("--classes", "dog", "cat")[0])[::2].any()  # the same noise, another class
 
 
 def test_seed_guidance_sampler_and_steps_change_the_images_and_nothing_else_does(sample):
@@ -303,7 +304,14 @@ def test_grid_shows_each_class_in_a_row_of_its_own(sample, script, zoo, tmp_path
     cell = 9 * 6  # eight pixels and a line, enlarged six times
     assert sheet.shape == (3 * cell, 2 * cell, 3)
     cells = sheet.reshape(3, cell, 2, cell, 3).swapaxes(1, 2).reshape(6, cell, cell, 3)
-    assert (cells[:, 3:48:6, 3:48:6] == images).all()
+    assert (cells[:, 3:48:6, 3:48:6] == images[[0, 3, 1, 4, 2, 5]]).all()
+
+
+def test_attention_dtype_is_refused_where_nothing_would_read_it(script, tmp_path):
+    config, data, out = preset("DiT-digits"), prepare_digits(tmp_path / "digits"), tmp_path / "out"
+    train(replace(config, depth=1), replace(RUN, data=str(data), out=str(out), steps=1))
+    code, *_ = script("sample_min.py", out / "ckpt.pt", f"--out={tmp_path}/s.npz", "--attention-dtype=float32")
+    assert code == "sample_min.py: error: --attention-dtype is for DyDiLA; this model has another attention"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -339,6 +347,7 @@ def test_save_grid_shows_latents_by_their_first_three_channels(tmp_path):
     (["--batch=0"], "--per-class, --images and --batch must be at least 1"),
     (["--out=grid.jpg"], "--out must end in .png or .npz, got grid.jpg"),
     (["--seed=-1"], "key must be positive"),
+    (["--labels=random"], "--labels random needs --images"),
 ])
 def test_a_wrong_value_ends_sample_min_with_one_line(script, zoo, tmp_path, arguments, message):
     code, _, stderr = script("sample_min.py", zoo, f"--out={tmp_path}/s.npz", *arguments)

@@ -36,7 +36,7 @@ from dydilit import (
 )
 from load import load_model
 from probe import usage_at_evaluation
-from train_min import override, preset
+from train_min import again, override, preset
 
 @pytest.fixture(scope="module", autouse=True)
 def cpu():
@@ -143,6 +143,16 @@ def test_a_set_without_held_out_rows_trains_without_held_out_losses(tmp_path, ru
     write_set(tmp_path / "set", np.zeros((9, 1, 8, 8), np.uint8), np.zeros(9, np.int64))
     train(CONFIG, replace(run, data=str(tmp_path / "set"), steps=2))
     assert [line.keys() & {"held_out_loss", "held_out_mse"} for line in read_log(run.out)] == [set(), set()]
+
+
+def test_without_held_out_rows_an_evaluation_gets_the_images_of_its_step(tmp_path, run):
+    images, seen = np.arange(9 * 64, dtype=np.uint8).reshape(9, 1, 8, 8), []
+    data = write_set(tmp_path / "set", images, np.zeros(9, np.int64))
+    run = replace(run, data=str(data), log_every=100, eval_every=2, steps=5)
+    train(CONFIG, run, on_eval=lambda ema, batch: seen.append(batch) or {"seen": len(seen)})
+    assert [(line["step"], line["seen"]) for line in read_log(run.out)] == [(2, 1), (4, 2), (5, 3)]
+    for step, batch in zip((1, 3, 4), seen):
+        assert not differing(list(batch), Data(data, CONFIG).batch(run.seed, step, 8, range(8), run.label_dropout))
 
 
 def test_half_of_the_images_are_flipped_if_the_set_allows_it_and_none_if_not(numbered):
@@ -274,6 +284,13 @@ def test_averaged_weights_follow_their_formula(run, monkeypatch):
     assert differing(states[-1]["model"], start_state, 1e-3)  # something moved at all
 
 
+def test_averaged_weights_keep_no_graph(run):
+    """It would grow with every step, and the memory with it."""
+    graphs = []
+    train(CONFIG, run, on_eval=lambda ema, _: graphs.extend(p.grad_fn for p in ema.parameters()) or {})
+    assert graphs and not any(graphs)
+
+
 def test_learning_rate_warms_up_stays_and_falls_linearly_to_almost_nothing():
     training = Training(steps=20, lr=2.0, warmup=4, decay=0.25)
     assert [learning_rate(training, s) for s in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
@@ -294,8 +311,12 @@ def test_log_every_and_eval_every_and_the_last_step(run):
     assert [line["step"] for line in log if "held_out_loss" in line] == [3, 6, 7]
 
 
-def test_held_out_losses_are_those_of_the_averaged_weights(run):
-    train(CONFIG, run)
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_held_out_losses_are_those_of_the_averaged_weights(run, micro_batch, monkeypatch):
+    sizes, loss = set(), Diffusion.loss
+    monkeypatch.setattr(Diffusion, "loss", lambda self, net, x, *rest: sizes.add(len(x)) or loss(self, net, x, *rest))
+    train(CONFIG, replace(run, micro_batch=micro_batch))
+    assert max(sizes) == (micro_batch or run.batch_size)  # the held-out images too: no more memory than training takes
     model = load_model(Path(run.out, "ckpt.pt"))[0]
     with torch.no_grad():
         mse, vb = Diffusion().loss(model, *Data(run.data, CONFIG).held_out())
@@ -333,7 +354,7 @@ def test_checkpoint_loads_without_pickle_and_describes_itself_in_plain_words(run
     ckpt = torch.load(Path(run.out, "ckpt.pt"), weights_only=True)
     assert ckpt.keys() == {"model", "ema", "optimizer", "step", "config", "training", "meta"}
     described = {"config": asdict(CONFIG), "training": asdict(run), "step": 6,
-                 "meta": json.loads(Path(run.data, "meta.json").read_text())}
+                 "meta": json.loads(Path(run.data, "meta.json").read_text()) | {"images": 1797}}
     assert json.loads(json.dumps({k: ckpt[k] for k in described})) == described
     assert ckpt["model"].keys() == ckpt["ema"].keys() == DyDiLiT(CONFIG).state_dict().keys()
     assert sorted(contents(run.out)) == ["ckpt.pt", "log.jsonl"]
@@ -512,17 +533,38 @@ def test_two_processes_resume_to_the_bits_of_their_uninterrupted_run(together):
     assert plain == resumed
 
 
-def test_two_torchrun_agents_train_the_model_of_one_process(alone, digits, tmp_path):
+def test_the_command_to_go_on_has_the_processes_of_this_one(monkeypatch):
+    assert again(["--resume", "--out=a b"]) == "torchrun train_min.py '--out=a b' --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert again([]) == "torchrun --nproc_per_node=4 train_min.py --resume"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert again([]).startswith("torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=4 ")
+
+
+def two_agents(*arguments):
+    """Two torchruns, as on two machines, with a process each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    training = asdict(replace(RUN, data=digits, out=str(tmp_path / "out")))
-    arguments = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
-                 "train_min.py", *flags(**asdict(CONFIG), **training, samples=0)]
-    agents = [torchrun(*arguments) for _ in range(2)]
+    agents = [torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+                       *arguments) for _ in range(2)]
     outputs = [finish(agent) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
+
+
+def test_two_torchrun_agents_train_the_model_of_one_process(alone, digits, tmp_path):
+    training = asdict(replace(RUN, data=digits, out=str(tmp_path / "out")))
+    two_agents("train_min.py", *flags(**asdict(CONFIG), **training, samples=0))
     assert_same_run(alone, tmp_path / "out")
+
+
+def test_two_torchrun_agents_restart_a_killed_process(together, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    two_agents("--max-restarts=2", "tests/runs.py", "killed", digits, tmp_path)
+    first_steps = {p.name: int(p.read_text()) for p in tmp_path.glob("first_step_*")}
+    assert first_steps == {"first_step_0_0": 0, "first_step_0_1": 0, "first_step_1_0": 3, "first_step_1_1": 3}
+    assert not differing(parts(together[0] / "plain"), parts(tmp_path / "run"))
+    assert without_speed(read_log(together[0] / "plain")) == without_speed(read_log(tmp_path / "run"))
 
 
 def test_torchrun_restarts_a_killed_process_from_the_last_checkpoint(together, digits, tmp_path):
@@ -566,7 +608,7 @@ def test_wrong_settings_are_named(make, message):
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 3), (1, 16), (3, 0), (2, 3), (9, 0)])
 def test_a_batch_that_does_not_divide_is_refused(run, monkeypatch, world, micro_batch):
     monkeypatch.setattr(dydilit, "distributed", lambda: (0, world, torch.device("cpu")))
-    with pytest.raises(ValueError, match=f"batch_size 8 must divide by {world} processes"):
+    with pytest.raises(ValueError, match=f"batch_size 8 for {world} processes: not divisible"):
         train(CONFIG, replace(run, micro_batch=micro_batch))
     assert not Path(run.out).exists()
 
@@ -643,19 +685,42 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_name(run, config, t
 def test_a_run_is_resumed_on_its_own_data_only_wherever_they_lie(run, tmp_path):
     train(CONFIG, replace(run, steps=1))
     other = write_set(tmp_path / "other", GREY, np.zeros(12, np.int64))
-    with pytest.raises(ValueError, match=r"data 'digits' \(now 'made up'\)"):
+    with pytest.raises(ValueError, match=r"name 'digits' \(now 'made up'\)"):
         train(CONFIG, replace(run, data=str(other)), resume=True)
     moved = prepare_digits(tmp_path / "moved")
     assert train(CONFIG, replace(run, data=str(moved), steps=2), resume=True) == 2
 
 
-def test_a_restart_by_torchrun_refuses_another_configuration_too(run, monkeypatch):
-    train(CONFIG, replace(run, steps=1))
-    before = contents(run.out)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(ValueError, match="seed 0"):
-        train(CONFIG, replace(run, seed=1))
+@pytest.mark.parametrize("change", [
+    {"classes": list("1234567890")}, {"held_out": 1}, {"flip": True}, {"scaling": 0.2}, {"images": 13},
+], ids=lambda change: next(iter(change)))
+def test_a_run_is_not_resumed_on_data_of_its_name_that_are_others(run, tmp_path, change):
+    train(CONFIG, replace(run, data=str(write_set(tmp_path / "then", GREY, np.zeros(12, np.int64))), steps=1))
+    before, field, n = contents(run.out), next(iter(change)), change.get("images", 12)
+    images = np.zeros((n, 1, 2, 8, 8), np.float16) if field == "scaling" else np.zeros((n, 1, 8, 8), np.uint8)
+    data = write_set(tmp_path / "now", images, np.zeros(n, np.int64), **{k: v for k, v in change.items() if k != "images"})
+    with pytest.raises(ValueError, match=rf"belongs to another configuration: {field} .* \(now "):
+        train(CONFIG, replace(run, data=str(data), steps=2), resume=True)
     assert contents(run.out) == before
+
+
+def test_a_restart_by_torchrun_leaves_another_run_alone(run, monkeypatch):
+    """The first attempt was refused; the second must not take the folder for its own."""
+    Path(run.out).mkdir()
+    Path(run.out, "log.jsonl").write_text('{"step": 1}\n')
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(FileExistsError, match="--resume continues it"):
+        train(CONFIG, run)
+    assert contents(run.out) == {"log.jsonl": b'{"step": 1}\n'}
+
+
+def test_restarts_on_several_machines_are_refused_where_they_would_hang(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_WORLD_SIZE": "2",
+                        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dydilit.dist, "rendezvous", lambda _: iter([(None, 0, 2)]))
+    with pytest.raises(ValueError, match="several machines restart only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        dydilit.distributed()
 
 
 @pytest.mark.parametrize("kept", [0, 100, -100])

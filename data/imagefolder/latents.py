@@ -31,7 +31,7 @@ class Encoder:
             raise ValueError(f"the autoencoder {name!r} lacks {len(missing)} weights, {min(missing)} among them")
         config, factor = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
         if size % factor:
-            raise ValueError(f"size {size} does not divide by {factor}, the factor of the autoencoder {name!r}")
+            raise ValueError(f"size {size} is not a multiple of {factor}, the factor of the autoencoder {name!r}")
         if config.in_channels != 3:
             raise ValueError(f"the autoencoder {name!r} takes {config.in_channels} channels, images have 3")
         if config.shift_factor or config.latents_mean or config.latents_std:

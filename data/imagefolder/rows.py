@@ -56,7 +56,9 @@ def torchrun():
     import torch.distributed as dist
     store = next(dist.rendezvous("env://"))[0]
     store.set_timeout(timedelta(days=1))                    # to find a million files can take rank 0 a while
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":           # a restart by torchrun finds the keys of the dead in it
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # a restart finds the keys of the dead in it
+        if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
+            raise ValueError("several machines restart only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun")
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     return rank, world, store
 
