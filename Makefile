@@ -3,7 +3,7 @@
 # make bench   speed of the attention and of a training step on this machine
 # make ablate  every rung of the ablations on the digits, three seeds: a table and the paper's figures (30 to 40 minutes)
 # make gpu     where there is a GPU: build with CUDA, every CUDA test, the sanitizers, the benchmark; out/gpu-*.md
-#              (make gpu PYTHON=python3 takes that interpreter's torch, on a machine where nothing can be installed)
+#              (make gpu PYTHON=python3 takes that interpreter's torch and no .venv, where nothing can be installed)
 # make lint    ruff
 # Everything runs in .venv, which `make setup` builds once from requirements.txt.
 PYTHON ?= python3
@@ -44,11 +44,14 @@ bench: setup ext
 ablate: setup ext
 	$(BIN)/python ablate.py --steps 400 --ema-decay 0.98 --sampling-steps 25 --eval-every 50
 
-gpu:
-	$(if $(filter command%,$(origin PYTHON)),$(PYTHON),$(BIN)/python) gpu.py
+GIVEN := $(filter command%,$(origin PYTHON))
+
+gpu: $(if $(GIVEN),,setup)
+	$(if $(GIVEN),$(PYTHON),$(BIN)/python) gpu.py
 
 lint: setup
 	$(BIN)/ruff check .
 
+# all that make has made but out/, which holds trained models
 clean:
-	rm -rf .venv out build *.so data/digits/*.npy data/digits/meta.json data/photos/*.npy data/photos/meta.json
+	rm -rf .venv build *.so data/digits/*.npy data/digits/meta.json data/photos/*.npy data/photos/meta.json

@@ -3,6 +3,7 @@
     python bench.py                          # this machine's CPU (and GPU, if there is one); a Markdown table
     OMP_NUM_THREADS=1 python bench.py        # one thread
     python bench.py --dtype bfloat16 --plot bench.png
+    python bench.py --size 8 256 384 9       # B, N, D, n_F = n_D; as often as you like
     python bench.py --step                   # a training step of S/2, with and without the fused op
     python bench.py --memory                 # what a training step of S/2 keeps; --no-fused for the Python path
     python bench.py --flops                  # multiply-adds of every compared model beside the paper's GFLOPs
@@ -11,7 +12,8 @@
 
 All of them run in one process, in turn, so that whatever else the machine does hits them alike; a cell is the median of
 --repeats calls and, behind it, the fastest. The error is the largest one of output and gradients against float64,
-relative to the largest entry, for as long as float64 takes no minutes.
+relative to the largest entry, for as long as float64 takes no minutes. On a GPU softmax attention is there with each of
+PyTorch's kernels, and GiB is what forward and backward together take at their peak, beyond the inputs.
 """
 
 import argparse
@@ -22,11 +24,13 @@ import statistics
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dydilit
 from baselines import multiply_adds, preset
@@ -54,17 +58,25 @@ def attention(backend):
     return lambda *leaves: dydila_attention(*leaves, backend=backend)
 
 
-def softmax_attention(q, k, q_prime, k_prime, v, *_):
+def softmax_attention(kernel=None):
     """Heads of 64 channels, as fast kernels want them. It does not read q', k': fewer inputs, another function."""
-    heads = (x.unflatten(-1, (-1, 64)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    def attend(q, k, q_prime, k_prime, v, *_):
+        heads = (x.unflatten(-1, (-1, 64)).transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(kernel) if kernel else nullcontext():
+            return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+    return attend
 
 
 def contestants(device, compiled=True):
     table = {"reference": attention("reference")}
-    if compiled: table["torch.compile"] = torch.compile(attention("reference"), dynamic=False)
+    if compiled:
+        torch.compiler.reset()  # other sizes count too, and beyond eight compilations it would silently run eagerly
+        table["torch.compile"] = torch.compile(attention("reference"), dynamic=False)
     if device in dydilit.FUSED_DEVICES: table["fused"] = attention("fused")
-    return table | {"softmax, 64-wide heads": softmax_attention}
+    if device == "cpu": return table | {"softmax, 64-wide heads": softmax_attention()}
+    kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    return table | {f"softmax, {kernel.name.lower()}": softmax_attention(kernel) for kernel in kernels}
 
 
 def forward(f, leaves, dout):
@@ -92,8 +104,13 @@ def seconds(run, device):
 
 def measure(table, step, leaves, dout, device, repeats):
     """{name: times}: every contestant once per round, so that all see the same machine."""
-    for f in table.values():
-        for _ in range(3): step(f, leaves, dout)  # compiles, allocates
+    for name, f in list(table.items()):
+        try:
+            for _ in range(3): step(f, leaves, dout)  # compiles, allocates
+        except RuntimeError as e:
+            if not name.startswith("softmax"): raise
+            print(f"{name} is left out: {e}", file=sys.stderr)  # not every kernel takes every dtype and size
+            del table[name]
     times = {name: [] for name in table}
     for _ in range(repeats):
         for name, f in table.items():
@@ -107,11 +124,19 @@ def errors(table, leaves, dout):
     truth = forward_backward(attention("reference"), exact, dout.double())
     result = {}
     for name, f in table.items():
-        if f is softmax_attention: continue
+        if name.startswith("softmax"): continue
         got = forward_backward(f, leaves, dout)
         worst = [((g.double() - t).abs().max() / t.abs().max()).item() for g, t in zip(got, truth)]
         result[name] = max(worst)
     return result
+
+
+def peak_on_gpu(f, leaves, dout):
+    """GiB that a forward and backward takes beyond what is there before it."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    forward_backward(f, leaves, dout)
+    return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
 def cell(times):
@@ -125,11 +150,14 @@ def report(size, dtype, device, repeats, compiled):
     fwd, both = (measure(table, step, leaves, dout, device, repeats) for step in (forward, forward_backward))
     error = errors(table, leaves, dout) if B * N <= (65536 if device == "cuda" else 4096) else {}
     print(f"\n**B {B}, N {N}, D {D}, n_F = n_D = {n}, {str(dtype)[6:]}, {device}** (ms: median, fastest)\n")
-    print("| | forward | x fused | forward + backward | x fused | error |\n|---|---|---|---|---|---|")
-    for name in table:
+    on_gpu = device == "cuda"
+    print("| | forward | x fused | forward + backward | x fused | error |" + on_gpu * " GiB |")
+    print((6 + on_gpu) * "|---" + "|")
+    for name, f in table.items():
         ratios = [f"{statistics.median(t[name]) / statistics.median(t['fused']):.2f}" if "fused" in t else "-"
                   for t in (fwd, both)]
         shown = f"{error[name]:.1e}" if name in error else "-"
+        if on_gpu: shown += f" | {peak_on_gpu(f, leaves, dout):.2f}"
         print(f"| {name} | {cell(fwd[name])} | {ratios[0]} | {cell(both[name])} | {ratios[1]} | {shown} |", flush=True)
 
 
@@ -144,9 +172,9 @@ def plot(path, dtype, device, repeats):
     for N in sizes:
         leaves, dout = inputs(max(1, sizes[-1] // N), N, 384, 9, dtype, device)
         for name, times in measure(contestants(device, False), forward_backward, leaves, dout, device, repeats).items():
-            lines.setdefault(name, []).append(1e6 * min(times) / (dout.shape[0] * N))
+            lines.setdefault(name, []).append((N, 1e6 * min(times) / (dout.shape[0] * N)))
     axes = plt.figure(figsize=(6, 3.8), layout="constrained").gca()
-    for name, values in lines.items(): axes.plot(sizes, values, marker="o", markersize=4, label=name)
+    for name, points in lines.items(): axes.plot(*zip(*points), marker="o", markersize=4, label=name)
     axes.set(xscale="log", yscale="log", xlabel="N, tokens per image", xticks=sizes, xticklabels=sizes,
              ylabel="microseconds per token, forward and backward",
              title=f"D 384, {str(dtype)[6:]}, {machine(device)}")
@@ -290,6 +318,8 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--size", nargs=4, type=int, action="append", metavar=("B", "N", "D", "n"),
+                        help="instead of the usual sizes; n is n_F and n_D")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, a minute for each size")
     parser.add_argument("--plot", metavar="FILE", help="also draw time against N")
     parser.add_argument("--step", action="store_true", help="a training step, with and without the fused op")
@@ -312,7 +342,7 @@ def main():
     if args.memory: return memory(args.preset, args.batch)
     if device == "cpu": keep_memory()  # as train_min.py does; else page faults fall on one or the other by chance
     if args.step: return training_step(args.preset, args.batch, args.repeats)
-    for size in GPU_SIZES if device == "cuda" else CPU_SIZES:
+    for size in args.size or (GPU_SIZES if device == "cuda" else CPU_SIZES):
         report(size, dtype, device, args.repeats, not args.no_compile)
     if args.plot: plot(args.plot, dtype, device, args.repeats)
 

@@ -16,6 +16,11 @@ os.chdir(HERE)  # sources must be given relative to setup.py
 sources = ["csrc/ops.cpp", "csrc/cpu_ops.cpp", "csrc/cpu_kernels.cpp", "csrc/cpu_gemm.cpp"]
 cuda_sources = ["csrc/cuda_ops.cpp", "csrc/cuda_kernels.cu"]
 
+# torch takes the folder above nvcc's, which has no headers where nvcc is a script that calls the real one
+if cpp_extension.CUDA_HOME and "CUDA_HOME" not in os.environ:
+    homes = [cpp_extension.CUDA_HOME, "/usr/local/cuda"]
+    cpp_extension.CUDA_HOME = next((x for x in homes if Path(x, "include/cuda_runtime.h").exists()), homes[0])
+
 wanted = os.environ.get("DYDILIT_CUDA", "")
 if wanted not in ("", "0", "1"):
     raise SystemExit(f"DYDILIT_CUDA must be 0, 1 or unset, got {wanted!r}")
@@ -40,8 +45,9 @@ if cuda:
     sources += cuda_sources
 
 extension = extension_class(
-    "dydilit_C", sources, include_dirs=[str(HERE / "csrc")], depends=[str(p) for p in (HERE / "csrc").glob("*.h")],
-    define_macros=macros, extra_compile_args=compile_args, extra_link_args=openmp,
+    "dydilit_C", sources, include_dirs=[str(HERE / "csrc")], define_macros=macros, extra_compile_args=compile_args,
+    depends=[str(path) for path in (HERE / "csrc").glob("*h")],  # .h and .cuh
+    extra_link_args=openmp,
 )
 
 

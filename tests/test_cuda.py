@@ -241,7 +241,8 @@ def outputs(ops, x, cotangent):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
 def test_any_strides(backend, dtype):
-    """Parts of a joint projection are read in place, everything else is copied: the same bits."""
+    """Parts of a joint projection are read in place, everything else is copied: the same bits, or nearly so on a GPU,
+    where cuBLAS may choose another kernel for other strides."""
     ops, device = backend
     for D in (24, 33):
         x = {n: z.to(device) for n, z in wide_parameters(random_op_inputs(2, 9, D, 3, 4, dtype=dtype, **WELL)).items()}
@@ -250,7 +251,9 @@ def test_any_strides(backend, dtype):
                  q_prime=x["q_prime"].mT.contiguous().mT, gamma=x["gamma"].repeat_interleave(2)[::2])
         cotangent = torch.randn_like(x["q"][..., :1]).expand_as(x["q"])
         for a, b in zip(outputs(ops, x, cotangent.contiguous()), outputs(ops, y, cotangent)):
-            assert b.is_contiguous() and torch.equal(a, b)
+            assert b.is_contiguous()
+            near = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype] if device == "cuda" else 0
+            assert (a - b).float().norm() <= near * a.float().norm()
 
 
 def test_the_same_bits_on_every_run(backend):
@@ -393,20 +396,36 @@ def test_autocast_leaves_the_products_alone():
 
 
 @needs_gpu
+@pytest.mark.parametrize("N", [9, 30], ids=["tokens first", "features first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda t: str(t)[6:])
+def test_dydila_attention_takes_it(dtype, N):
+    """The same bits through autograd; and what the fake kernel promises is what comes, in type, shape and strides."""
+    x = {n: z.cuda() for n, z in wide_parameters(random_op_inputs(2, N, 24, 3, 4, dtype=dtype)).items()}
+    cotangent = torch.randn_like(x["q"])
+    out, grads = grads_of(dydilit.dydila_attention, x, cotangent)
+    for a, b in zip(outputs(torch.ops.dydilit, x, cotangent), [out, *grads.values()]): assert torch.equal(a, b)
+    for normalize in (True, False):
+        torch.library.opcheck(torch.ops.dydilit.attention_fwd, (*x.values(), normalize, True, 1e-6),
+                              test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda t: str(t)[6:])
-def test_routed_projection(dtype):
+def test_routed_projection(dtype, device):
     """Nobody takes the last route. In bfloat16 on sm_90 this is F.grouped_mm, whose weight gradient once hung there."""
-    x, projectors = (torch.randn(*size, device="cuda") / 20 for size in ((2, 2048, 384), (5, 384, 384)))
-    router = torch.randn(384, 5, device="cuda")
-    router[:, 4] = 0
-    inputs, cotangent = {"x": x, "projectors": projectors, "router": router}, torch.randn_like(x)
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        assert dydilit.grouped_mm_has_a_kernel(x.flatten(0, 1)) == (
-            dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0))
-        out, grads = grads_of(dydilit.routed_projection, inputs, cotangent.to(dtype))
-    exact = {n: z.double().cpu() for n, z in inputs.items()}
-    truth, true_grads = grads_of(dydilit.routed_projection, exact, cotangent.double().cpu())
+    x, projectors = torch.randn(2, 2048, 384) / 20, torch.randn(5, 384, 384) / 20
+    router = torch.randn(384, 5)
+    x[..., 0], router[:, 4], router[0, 4] = 1, 0, -30  # logit 4 is -30
+    exact, cotangent = {"x": x, "projectors": projectors, "router": router}, torch.randn_like(x)
+    assert dydilit.route(x, router)[0].unique().tolist() == [0, 1, 2, 3]
+    inputs = {n: z.to(device) for n, z in exact.items()}
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        assert dydilit.grouped_mm_has_a_kernel(inputs["x"].flatten(0, 1)) == (
+            device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0))
+        out, grads = grads_of(dydilit.routed_projection, inputs, cotangent.to(device, dtype))
+    exact = {n: z.double() for n, z in exact.items()}
+    truth, true_grads = grads_of(dydilit.routed_projection, exact, cotangent.double())
     bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
     for got, want in ((out, truth), *((grads[n], true_grads[n]) for n in inputs)):
         assert (got.cpu().double() - want).norm() <= bound * want.norm()
-    assert not grads["projectors"][4].any()
+    assert not true_grads["projectors"][4].any() and not grads["projectors"][4].any()

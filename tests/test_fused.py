@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dydilit
 from dydilit import dydila_attention
@@ -106,6 +107,8 @@ ATOL = {torch.float64: 1e-9, torch.float32: 2e-6, torch.bfloat16: 1e-4, torch.fl
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_output_and_every_gradient(size, normalize, dtype, device):
     if dtype == torch.float64 and device == "cuda": pytest.skip("float64 is for the CPU")
+    if dtype == torch.bfloat16 and device == "cuda":  # which keeps Dq, Dk and their product in it
+        pytest.skip("test_cuda.py has a reference that does so too")
     check(*inputs(*size, dtype, device=device), ATOL[dtype], normalize=normalize)
 
 
@@ -365,3 +368,27 @@ def test_products_of_every_instruction_set(tmp_path):
     subprocess.run(command, check=True)
     done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
     assert done.returncode == 0 and "baseline" in done.stdout and "chosen" in done.stdout, done.stdout
+
+
+class OnThePythonPath(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("dtype", "dtype_of_v", "capability", "fused"), [
+    (torch.bfloat16, torch.bfloat16, (9, 0), True), (torch.float32, torch.float32, (8, 0), True),
+    (torch.bfloat16, torch.bfloat16, (7, 5), False),  # no kernel is built for it
+    (torch.float64, torch.float64, (9, 0), False), (torch.float32, torch.float64, (9, 0), False),
+], ids=str)
+def test_auto_on_a_gpu_takes_the_op_where_its_kernels_can_run(monkeypatch, dtype, dtype_of_v, capability, fused):
+    def reference(*_): raise OnThePythonPath
+
+    monkeypatch.setattr(dydilit, "FUSED_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(dydilit, "measure", reference)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with FakeTensorMode():
+        tensors = [torch.empty(2, 5, 8, dtype=x, device="cuda") for x in [dtype] * 4 + [dtype_of_v]]
+        tensors += [torch.empty(shape, device="cuda") for shape in [(3,), (3,), (4, 8, 3), (2, 16, 3)]]
+        if fused:
+            assert dydila_attention(*tensors).shape == (2, 5, 8)
+        else:
+            with pytest.raises(OnThePythonPath): dydila_attention(*tensors)

@@ -526,7 +526,7 @@ def lacking(vae, path):
     (lambda vae, p: edited(vae, p, shift_factor=0.1), "also shifts its latents; only a scaling is provided for"),
     (lambda vae, p: save_vae(p, in_channels=1, out_channels=1), "takes 1 channels, images have 3"),
     (lambda vae, p: save_vae(p, block_out_channels=(8,) * 6, down_block_types=("DownEncoderBlock2D",) * 6,
-                             up_block_types=("UpDecoderBlock2D",) * 6), "size 16 is not a multiple of 32, the factor of"),
+                             up_block_types=("UpDecoderBlock2D",) * 6), "size 16 is not a multiple of 32, the factor"),
 ], ids=["empty", "nowhere", "offline", "no weights", "other shape", "lacking", "shift", "grey", "factor"])
 def test_an_autoencoder_that_cannot_be_had_or_does_not_fit_is_refused_in_one_line(images, vae, tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as e:
