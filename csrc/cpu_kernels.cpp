@@ -13,8 +13,9 @@ namespace dydilit {
 
 template <class T>
 DISPATCH void Rows<T>::phi(int64_t rows, int64_t D, const T* z, int64_t ldz, const T* gamma, T* y, int64_t ldy, T* u,
-                           T* l, int64_t ldu, PhiRow<T>* stats) {
-  for (int64_t i = 0; i < rows; i++, z += ldz, y += ldy, u += ldu, l += ldu) {
+                           T* l, int64_t ldu, PhiRow<T>* stats, Ahead next) {
+  for (int64_t i = 0; i < rows; i++, z += ldz, y += ldy, u += ldu, l += ldu, next.row += next.ld) {
+    for (int64_t b = 0; b < next.bytes; b += 64) __builtin_prefetch(next.row + b, 0, 2);
     T m = 0;  // m = max r
 #pragma omp simd reduction(max : m)
     for (int64_t j = 0; j < D; j++) m = z[j] > m ? z[j] : m;

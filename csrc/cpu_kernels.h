@@ -7,11 +7,17 @@
 
 namespace dydilit {
 
+// Rows that will be read next, `bytes` of each, `ld` bytes apart: they come into the second-level cache during other work
+struct Ahead {
+  const char* row = nullptr;
+  int64_t ld = 0, bytes = 0;
+};
+
 template <class T>
 struct Rows {
   // y = phi(z; gamma) (Eq. 5), one gamma per row. What the backward needs: u, l (ldu apart; 0: not kept) and stats (rows)
   static void phi(int64_t rows, int64_t D, const T* z, int64_t ldz, const T* gamma, T* y, int64_t ldy, T* u, T* l,
-                  int64_t ldu, PhiRow<T>* stats);
+                  int64_t ldu, PhiRow<T>* stats, Ahead next = {});
   // dz and dgamma (rows) from dy and what phi left; u, l and dy are ldy apart; dz may be dy
   static void phi_backward(int64_t rows, int64_t D, const T* z, int64_t ldz, const T* gamma, const PhiRow<T>* stats,
                            const T* u, const T* l, const T* dy, int64_t ldy, T* dz, int64_t lddz, T* dgamma);

@@ -31,6 +31,12 @@ struct View {
 template <class S>
 View<const S> view(const Tensor& x) { return {x.const_data_ptr<S>(), x.stride(1)}; }
 
+// Rows `first`, `first` + 1 .. of x; to go beyond the last is harmless
+template <class S>
+Ahead ahead(View<const S> x, int64_t first, int64_t D) {
+  return {reinterpret_cast<const char*>(x.data + first * x.ld), x.ld * int64_t(sizeof(S)), D * int64_t(sizeof(S))};
+}
+
 // Rows first .. first + rows of x as T: in place where S is T, else converted into `scratch`, D apart
 template <class S, class T>
 View<const T> widen(View<const S> x, int64_t first, int64_t rows, int64_t D, T* scratch) {
@@ -153,16 +159,16 @@ struct Side {
   }
 };
 
-// d (rows, D) = the differenced tokens of a block, Eqs. 6 to 8
+// d (rows, D) = the differenced tokens of a block, Eqs. 6 to 8; `next` is what will be read after them
 template <class S, class T>
-void side_forward(const Shape& s, const Side<S, T, T>& side, Block x, Scratch<T>& w, T* d) {
+void side_forward(const Shape& s, const Side<S, T, T>& side, Block x, Scratch<T>& w, T* d, Ahead next) {
   for (int prime : {0, 1}) {
     const auto z = widen<S, T>(side.z[prime], x.row, x.rows, s.D, w.z[prime]);
     T* logits = side.logits[prime] + x.row * s.n_F;
     gemm<T>().dots(x.rows, s.n_F, s.D, z.data, z.ld, side.router[prime], s.D, logits, s.n_F);
     Rows<T>::choose(x.rows, s.n_F, logits, side.gamma, w.kernel_index[prime], w.gamma[prime]);
     Rows<T>::phi(x.rows, s.D, z.data, z.ld, w.gamma[prime], w.pair + prime * s.D, 2 * s.D, w.u, w.l, 0,
-                 w.stats[prime]);
+                 w.stats[prime], prime ? next : ahead(side.z[1], x.row, s.D));
   }
   T* logits = side.difference_logits + x.row * s.n_D;
   gemm<T>().dots(x.rows, s.n_D, 2 * s.D, w.pair, 2 * s.D, side.difference_router, 2 * s.D, logits, s.n_D);
@@ -280,7 +286,7 @@ Forward forward(bool keep, const Shape& s, const Tensor& q, const Tensor& k, con
   for_groups(s, [&](Group g) {
     for_blocks<T>(s, g, N, [&](Scratch<T>& w, Block x) {
       T* d = keep_dk ? Dk + x.row * D : w.dpair;
-      side_forward(s, keys, x, w, d);
+      side_forward(s, keys, x, w, d, ahead(view<S>(v), x.row, D));
       if (s.tokens_first) Dk_t.put_columns(x.slot, x.first, x.rows, d, D);
       if (normalize) Rows<T>::sum_keys(x.rows, D, d, k_sums.mutable_data_ptr<T>() + x.index * (D + 1));
       const View<const T> rows = widen<S, T>(view<S>(v), x.row, x.rows, D, w.row);
@@ -298,7 +304,7 @@ Forward forward(bool keep, const Shape& s, const Tensor& q, const Tensor& k, con
       T *d = keep ? Dq + x.row * D : w.dpair, *a = keep_attn ? A + x.row * N : w.other;
       S* o = out.mutable_data_ptr<S>() + x.row * D;
       const View<T> num = target(o, D, View<T>{w.row, D});
-      side_forward(s, queries, x, w, d);
+      side_forward(s, queries, x, w, d, ahead(queries.z[0], x.row + x.rows, D));
       if (s.tokens_first) {  // A = Dq Dk^T, num = A V
         Dk_t.multiply(x.slot, x.rows, d, D, a, N);
         V.multiply(x.slot, x.rows, a, N, num.data, D);
