@@ -6,7 +6,8 @@
 
 Every run is one of train_min.py, with the same data, seeds and budget, in a folder of its own, OUT/<model>/<seed>;
 flags that are not listed here are train_min.py's. Finished runs are not repeated, an interrupted one goes on where it
-stopped. Once all are there, costs are measured and ablate.md (the tables), results.json and the figures written.
+stopped. Once all are there, results.json and ablate.md (the tables) are written, costs measured and the figures drawn.
+Of latents no samples are made unless --samples asks for them: eval_min.py has to compare those.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import figures
 import train_min
 from baselines import VARIANTS
 from costs import sampling_costs, training_costs
-from dydilit import Data, distributed
+from dydilit import PRESETS, Data, distributed
 from eval_min import evaluate
 from load import load_model
 from probe import DIFFERENCES, mean_lambda, routers, smoothness
@@ -42,28 +43,52 @@ ALTERNATIVES = {
 }
 REDUCED = ["DiT", *(name for name in VARIANTS if name.startswith("ladder") and name != "ladder-5-dwc"), "DyDi-LiT",
            "map-wise", "rising-lambda", "no-normalize", "no-router-grad", "batch-norm"]
+ONE = "--one-run"  # then train_min.py's arguments: a run. torchrun reads them too, and takes --run for one of its own
 COLUMNS = {"held_out_loss": "held-out loss", "held_out_mse": "noise error", "class_accuracy": "class accuracy",
            "frechet_distance": "Frechet distance", "kid": "KID", "precision": "precision", "recall": "recall"}
 PERCENT = ("class_accuracy", "precision", "recall")
+SIZES = ("depth", "heads", "shared_heads", "routed_heads")  # of a variant; its name means the rest
 
 
 def arguments(model, size):
     """What makes train_min.py train `model`, a name of ALTERNATIVES or VARIANTS, at the size of a preset."""
     if model not in ALTERNATIVES and model not in VARIANTS:
         raise ValueError(f"unknown model {model!r}; known: {', '.join([*ALTERNATIVES, *VARIANTS])}")
+    if size not in PRESETS: raise ValueError(f"unknown preset {size!r}; known: {', '.join(PRESETS)}")
     variant, flags = ALTERNATIVES.get(model, (f"{model}-", []))
     return [f"--preset={variant}{size}", *flags]
 
 
+def changed(model, size, config):
+    """The fields of `config` that are not what the name `model` means; those of the plain preset it does not mean."""
+    plain, named = vars(PRESETS[size]), vars(train_min.parse(arguments(model, size))[0])
+    return [k for k, value in named.items() if k not in SIZES and plain.get(k) != value != getattr(config, k)]
+
+
 def plan(args, rest):
     """{(model, seed): the arguments of its run}, tried on train_min.py's parser: a wrong one is an error now."""
-    shared = {}
-    for model in args.models:
+    given = {a.partition("=")[0] for a in rest}
+    for flag, ours in (("--preset", "--preset-size and --models"), ("--seed", "--seeds")):
+        if flag in given: raise ValueError(f"ablate.py has no {flag}: {ours} instead")
+    rest, shared, configs = [a for a in rest if a != "--resume"], {}, {}  # every run has that anyway
+    for model in dict.fromkeys(args.models):
         begin = [*arguments(model, args.size), *([f"--data={args.data}"] if args.data else [])]
-        training = train_min.parse([*begin, *rest])[1]
-        every = max(1, training.steps // 100)
+        config, training, _ = train_min.parse([*begin, *rest])
+        if fields := changed(model, args.size, config):
+            raise ValueError(f"{model} would not be what its name says: flags change its {', '.join(fields)}")
+        if same := [other for other in configs if configs[other] == config]:
+            raise ValueError(f"with these flags {same[0]} and {model} are one and the same model")
+        configs[model], share = config, training.batch_size // args.nproc
+        if training.batch_size % args.nproc or share % (training.micro_batch or share):
+            raise ValueError(f"batch_size {training.batch_size} for --nproc {args.nproc}: not divisible, or not by "
+                             f"micro_batch {training.micro_batch}")
+        every, meta = max(1, training.steps // 100), Path(training.data, "meta.json")
+        latents = meta.exists() and "scaling" in json.loads(meta.read_text())
+        if latents and "--samples" not in given and given & {"--cfg", "--sampling-steps"}:
+            raise ValueError("--cfg and --sampling-steps do nothing without --samples, where the data are latents")
         shared[model] = [*begin, f"--log-every={every}", f"--eval-every={5 * every}",
-                         f"--ckpt-every={min(10 * every, training.ckpt_every)}", *rest, "--resume"]
+                         f"--ckpt-every={min(10 * every, training.ckpt_every)}", *["--samples=0"] * latents, *rest,
+                         "--resume"]
     return {(model, seed): [*shared[model], f"--seed={seed}", f"--out={Path(args.out, model, str(seed))}"]
             for seed in range(args.seeds) for model in args.models}  # by seeds: what is there early compares all models
 
@@ -103,7 +128,9 @@ def measured(out, data_dir, npz, device):
         result["smoothness"] = smoothness(model, held_out)
         if {*DIFFERENCES, "map_difference"} & routers(model.blocks[0].attn).keys():
             result["lambda"] = mean_lambda(model, held_out)
-    if npz and "scaling" not in ckpt["meta"]:  # of latents eval_min.py has better figures than those of pixels
+    if npz and "scaling" in ckpt["meta"]:  # eval_min.py has better figures than those of pixels
+        result["not_evaluated"] = "Samples of latents are not evaluated here: eval_min.py compares a run's samples.npz."
+    elif npz:
         try:
             with np.load(npz) as made: result |= evaluate(made["arr_0"], made["labels"], data_dir)
         except ValueError as e: result["not_evaluated"] = str(e)  # images too large
@@ -142,7 +169,7 @@ def complete(runs, jobs, nproc):
                 key = todo.pop(0)
                 folder_of(runs[key]).mkdir(parents=True, exist_ok=True)
                 with open(folder_of(runs[key]) / "output.txt", "a") as output:
-                    active[key] = subprocess.Popen([sys.executable, *torchrun, __file__, "--run", *runs[key]],
+                    active[key] = subprocess.Popen([sys.executable, *torchrun, __file__, ONE, *runs[key]],
                                                    env=threads, stdout=output, stderr=output)
             for key in [key for key, process in active.items() if process.poll() is not None]:
                 code, done = active.pop(key).returncode, total - len(todo) - len(active)
@@ -181,17 +208,19 @@ def markdown(rows):
 
 
 def quality(of, costs):
-    """The table of {model: {seed: result}} and {model: [seconds, MiB]}. The runs that diverged are counted, no more."""
+    """The table of {model: {seed: result}} and {model: [seconds, MiB]}, what there is of these. The runs that diverged
+    are counted, no more."""
     base = {seed: r["held_out_loss"] for seed, r in of.get("DyDi-LiT", {}).items() if r.get("held_out_loss")}
     rows = [["model", "blocks", "parameters", *COLUMNS.values(), "loss minus DyDi-LiT's", "step, ms", "memory, MiB"]]
     for model, runs in of.items():
         fine = {seed: r for seed, r in runs.items() if "diverged" not in r}
         lost, some = len(runs) - len(fine), next(iter(fine.values()), None)
         gaps = [r["held_out_loss"] - base[seed] for seed, r in fine.items() if seed in base and model != "DyDi-LiT"]
+        seconds, mib = costs.get(model, (None, None))
         rows.append([model + (f" ({lost} diverged)" if lost else ""),
                      *([str(some["blocks"]), f"{some['parameters'] / 1e6:.2f} M"] if some else "--"),
                      *(spread([r.get(key) for r in fine.values()], key in PERCENT) for key in COLUMNS), spread(gaps),
-                     f"{1e3 * costs[model][0]:.0f}", f"{costs[model][1]:.0f}"])
+                     "-" if seconds is None else f"{1e3 * seconds:.0f}", "-" if mib is None else f"{mib:.0f}"])
     halves = {key: f"{key.removesuffix('_distance')}_halves" for key in COLUMNS}  # as eval_min.evaluate names them
     if real := next((r for runs in of.values() for r in runs.values() if "frechet_halves" in r), None):
         rows.append(["half of the real images", "", "", *(spread([real.get(halves[key])], key in PERCENT)
@@ -215,27 +244,37 @@ def behaviour(of):
 
 
 def report(args, runs, results, command):
-    """Costs, tables and figures of finished runs: writes ablate.md, results.json and the PNGs; returns the tables."""
+    """Of finished runs: writes results.json, ablate.md (the tables) and the PNGs; returns the tables.
+
+    What took days to compute is written first; the costs and the figures, where more can go wrong, are added to it.
+    """
     out, (_, training, settings) = Path(args.out), train_min.parse(next(iter(runs.values())))
-    first = {model: argv for (model, seed), argv in runs.items() if seed == 0}
-    costs, where = training_costs(first, out / "costs.json")
-    points, there = sampling_costs(args.resolutions, out / "resolutions.json") if args.resolutions else ({}, "")
     of = {model: {seed: results[model, seed] for seed in range(args.seeds)} for model in args.models}
-    name = json.loads(Path(training.data, "meta.json").read_text())["name"]
-    text = [f"`{command}`",
-            f"{name}: {training.steps} steps of {training.batch_size} images, {args.seeds} seeds; {settings.samples} "
-            f"samples, {settings.sampling_steps} steps, guidance {settings.cfg}. Mean ± standard deviation over the "
-            f"seeds. A training step: {where}.", quality(of, costs), behaviour(of)]
-    text += sorted({r["not_evaluated"] for r in results.values() if "not_evaluated" in r})
-    folders = {key: folder_of(argv) for key, argv in runs.items() if "diverged" not in results[key]}
-    drawn = figures.draw(out, of, folders, training.data, points, there)
     (out / "results.json").write_text(json.dumps(of, indent=1))
-    (out / "ablate.md").write_text("\n\n".join([*text, *(f"![{file}]({file})" for file in drawn)]) + "\n")
-    return "\n\n".join(text)
+    name = json.loads(Path(training.data, "meta.json").read_text())["name"]
+    samples = (f"{settings.samples} samples, {settings.sampling_steps} steps, guidance {settings.cfg}"
+               if settings.samples else "no samples")
+
+    def write(costs, where, drawn=()):
+        text = [f"`{command}`",
+                f"{name}: {training.steps} steps of {training.batch_size} images, {args.seeds} seeds; {samples}. "
+                f"Mean ± standard deviation over the seeds. A training step: {where}.",
+                quality(of, costs), behaviour(of),
+                *sorted({r["not_evaluated"] for r in results.values() if "not_evaluated" in r})]
+        (out / "ablate.md").write_text("\n\n".join([*text, *(f"![{file}]({file})" for file in drawn)]) + "\n")
+        return "\n\n".join(text)
+
+    write({}, "not measured")
+    first = {model: argv for (model, seed), argv in runs.items() if seed == 0}
+    costs, where = training_costs(first, out / "costs.json", args.nproc)
+    write(costs, where)
+    points, there = sampling_costs(args.resolutions, out / "resolutions.json") if args.resolutions else ({}, "")
+    folders = {key: folder_of(argv) for key, argv in runs.items() if "diverged" not in results[key]}
+    return write(costs, where, figures.draw(out, of, folders, training.data, points, there))
 
 
 def main(argv):
-    if argv[:1] == ["--run"]: return work(argv[1:])
+    if argv[:1] == [ONE]: return work(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--preset-size", dest="size", metavar="SIZE", default="digits",
@@ -253,6 +292,8 @@ def main(argv):
     args, rest = parser.parse_known_args(argv)
     args.out = args.out or f"out/ablate-{args.size.replace('/', '-')}"
     if min(args.seeds, args.jobs, args.nproc) < 1: raise ValueError("--seeds, --jobs and --nproc must be at least 1")
+    if any(p < 16 or p % 16 for p in args.resolutions):  # 8 a latent, 2 latents a patch
+        raise ValueError("--resolutions must be multiples of 16")
     runs = plan(args, rest)
     train_min.fit_to_data(*train_min.parse(next(iter(runs.values())))[:2], None)  # before two runs do it at once
     began = time.time()

@@ -64,8 +64,8 @@ def panels(models):
 
 
 def image_of(x):
-    """x (C, H, W) in [-1, 1] -> what imshow takes: RGB, or grey where there are not three channels."""
-    x = (x.numpy().transpose(1, 2, 0).clip(-1, 1) + 1) / 2
+    """x (C, H, W) in [-1, 1], or latents, -> what imshow takes: RGB, or grey where there are not three channels."""
+    x = (x.numpy().transpose(1, 2, 0) / max(1, x.abs().max().item()) + 1) / 2
     return x if x.shape[-1] == 3 else x[..., :1].repeat(3, -1)
 
 
@@ -90,17 +90,19 @@ def curves(path, logs):
     return save(figure, path)
 
 
-def routes(path, model, classes, logs):
+def routes(path, model, meta, logs):
     """Fig. 5: 8 images of each class are sampled in 25 steps without guidance, the routes of all their tokens counted
-    at all steps. Beside it what the log says of the routers: the mean over the blocks, then over the seeds."""
-    depth, n = model.config.depth, model.config.n_projectors
+    at all steps. Beside it what the log says of the routers, if it does: the mean over the blocks, then the seeds."""
+    depth, n, classes, clip = model.config.depth, model.config.n_projectors, meta["classes"][:20], "scaling" not in meta
     shares = torch.zeros(2, len(classes), depth, n)
     for c in range(len(classes)):
-        with watched(model) as seen: Diffusion(25).sample(model, torch.full((8,), c), range(8), seed=0, clip=True)
+        with watched(model) as seen: Diffusion(25).sample(model, torch.full((8,), c), range(8), seed=0, clip=clip)
         for b, part in enumerate(seen):
             for which, name in enumerate(("q_projector", "k_projector")):
                 shares[which, c, b] = usage(torch.cat(part["routes"][name]), n)
-    figure, axes = canvas(1, 3, 1.2 + 0.22 * max(8, len(classes)), width_ratios=[1, 1, 1.5])
+    evaluated = [[x for x in log if "usage_entropy" in x] for log in logs]  # an older log may have none
+    widths = [1, 1, 1.5] if all(evaluated) else [1, 1]
+    figure, axes = canvas(1, len(widths), 1.2 + 0.22 * max(8, len(classes)), width_ratios=widths)
     for which, axis in enumerate(axes[0][:2]):
         share, chosen = shares[which].max(-1)[0].numpy(), shares[which].argmax(-1).numpy()
         axis.imshow(chosen, cmap="Set2", vmin=-0.5, vmax=7.5, aspect="auto")
@@ -110,10 +112,11 @@ def routes(path, model, classes, logs):
         axis.set(xlabel="block", xticks=range(depth), xticklabels=range(1, depth + 1), yticks=range(len(classes)),
                  yticklabels=classes, title=f"{'QK'[which]}': most used projector, its share")
     axes[0, 0].set_ylabel("class")
-    steps = [x["step"] for x in logs[0] if "usage_entropy" in x]
+    if not all(evaluated): return save(figure, path)
+    steps = [x["step"] for x in evaluated[0]]
     colours = dict(zip(("projector", "kernel", "difference"), ("#1b9e77", "#7570b3", "#d95f02")))
-    for name in next(x["usage_entropy"] for x in logs[0] if "usage_entropy" in x):
-        rows = [[np.mean(x["usage_entropy"][name]) for x in log if "usage_entropy" in x] for log in logs]
+    for name in evaluated[0][0]["usage_entropy"]:
+        rows = [[np.mean(x["usage_entropy"][name]) for x in log] for log in evaluated]
         dash = {"q_p": "-", "k_p": "--"}.get(name[:3], "-" if name[0] == "q" else "--")
         kind = name.rpartition("_")[2]
         axes[0, 2].plot(steps, np.mean(rows, 0), label=name.replace("_", " "), color=colours[kind], linestyle=dash,
@@ -180,13 +183,17 @@ def smoothness(path, of):
 
 
 def resolutions(path, points, where):
-    """Fig. 1, of {model: [[pixels, seconds, MiB]]}."""
-    figure, axes = canvas(1, 2, 2.9)
-    for model, rows in points.items():
-        pixels, times, memory = np.array(rows).T
-        for axis, y in zip(axes[0], (times, memory)):
-            axis.plot(pixels, y, "o", label=model, color=LOOKS[model][0], linestyle=LOOKS[model][1], markersize=3)
-    for axis, label in zip(axes[0], ("seconds", "MiB beyond the weights")):
+    """Fig. 1, of {model: [[pixels, seconds, MiB]]}; None where there is no point, and no panel without any."""
+    rows = {model: np.array(triples, float) for model, triples in points.items()}  # None becomes nan
+    known = [i for i in (1, 2) if any(np.isfinite(row[:, i]).any() for row in rows.values())]
+    if not known: return None
+    figure, axes = canvas(1, len(known), 2.9)
+    pixels = next(iter(rows.values()))[:, 0]
+    for axis, i in zip(axes[0], known):
+        for model, row in rows.items():
+            axis.plot(pixels, row[:, i], "o", label=model, color=LOOKS[model][0], linestyle=LOOKS[model][1],
+                      markersize=3)
+        label = ("seconds", "MiB beyond the weights")[i - 1]
         axis.set(xlabel="pixels, height = width", ylabel=label, xscale="log", yscale="log", xticks=pixels)
         axis.set_xticks([], minor=True)
         axis.set_xticklabels([f"{p:.0f}" for p in pixels])
@@ -210,7 +217,7 @@ def draw(out, of, folders, data_dir, points, where):
     names = [curves(out / "curves.png", logs)] if logs else []
     if "DyDi-LiT" in logs:
         model, ckpt = load("DyDi-LiT")
-        names.append(routes(out / "routes.png", model, ckpt["meta"]["classes"][:20], logs["DyDi-LiT"]))
+        names.append(routes(out / "routes.png", model, ckpt["meta"], logs["DyDi-LiT"]))
     if kept("smoothness"):
         names.append(smoothness(out / "smoothness.png", kept("smoothness")))
         shown = {RUNGS.get(m, m): load(m)[0] for m in [*(["DiT"] if "DiT" in logs else []), *RUNGS] if m in logs}

@@ -1,13 +1,17 @@
 """probe.py, ablate.py, costs.py, figures.py: attention matrices, routes, a table that no kill changes, pictures."""
 
+import argparse
+import gc
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -265,8 +269,6 @@ TINY = ["--hidden-size=16", "--n-kernels=3", "--n-lambdas=3", "--depth=2", "--ba
 TWO = ["--models", "ladder-0-sana", "DyDi-LiT", "--seeds=2", "--resolutions"]
 
 
-
-
 @pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
     """The folder of a comparison that ran in this process without interruption, and the arguments of ablate.py."""
@@ -282,7 +284,7 @@ def finished(digits, tmp_path_factory):
 class Here:
     """Popen for a command of ablate.py --run, which runs in this process."""
     def __init__(self, command, env, stdout, stderr):
-        assert command[:3] == [sys.executable, str(ROOT / "ablate.py"), "--run"] and env["OMP_NUM_THREADS"]
+        assert command[:3] == [sys.executable, str(ROOT / "ablate.py"), "--one-run"] and env["OMP_NUM_THREADS"]
         assert stdout is stderr and stdout.writable()
         self.returncode = None
         try:
@@ -346,6 +348,85 @@ def test_finished_runs_are_not_repeated(finished, monkeypatch, capsys):
         ablate.main([a.replace("--seeds=2", "--seeds=3") for a in arguments])
 
 
+@pytest.mark.parametrize("fails", ["draw", "training_costs", "sampling_costs"])
+def test_no_figure_and_no_measurement_costs_the_tables(finished, tmp_path, monkeypatch, fails):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    for file in ("ablate.md", "results.json", "costs.json"): (tmp_path / file).unlink()
+
+    def failing(*_): raise RuntimeError("days are not lost")
+
+    monkeypatch.setattr(figures if fails == "draw" else ablate, fails, failing)
+    monkeypatch.setattr(costs, "memory_of", lambda argv, side, batch, train: 12.0)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    arguments = [a.replace(str(finished[0]), str(tmp_path)) for a in finished[1]]
+    if fails == "sampling_costs": arguments[arguments.index("--resolutions")] = "--resolutions=16"
+    with pytest.raises(RuntimeError, match="days are not lost"): ablate.main(arguments)
+    now, then = (cells((out / "ablate.md").read_text()) for out in (tmp_path, finished[0]))
+    assert {name: row[:-2] for name, row in now.items()} == {name: row[:-2] for name, row in then.items()}
+    measured = [row[-2:] for name, row in now.items() if name in ("ladder-0-sana", "DyDi-LiT")]
+    assert all((row[1] == "12") == (fails != "training_costs") and (row[0] == "-") == (row[1] == "-")
+               for row in measured)
+    assert (tmp_path / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
+
+
+def test_nproc_reaches_the_measurement(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(costs, "costs_of", lambda models, configs, batch, *_: {m: [batch, None] for m in models})
+    ablate.main([*(a.replace(str(finished[0]), str(tmp_path)) for a in finished[1]), "--nproc=2"])
+    text = (tmp_path / "ablate.md").read_text()
+    assert cells(text)["DyDi-LiT"][-2:] == ["4000", "-"] and "step: 4 images (of 8: what a process takes" in text
+
+
+@pytest.mark.parametrize("latents", [False, True])
+def test_data_without_held_out_images(latents, tmp_path, monkeypatch):
+    """As README prepares ImageNet: no held-out loss, no figure of it; and no samples of latents, unless asked for."""
+    out, flags = tmp_path / "out", [*TINY, "--steps=4", "--bf16"]
+    meta = {"name": "tiny", "classes": ["a", "b"], "flip": True, "held_out": 0, "levels": 255}
+    images = np.random.default_rng(0).integers(256, size=(40, 1, 8, 8)).astype(np.uint8)
+    if latents:  # an autoencoder of this name is not there: it would be an error to look for it
+        meta |= {"scaling": 0.5, "vae": f"{tmp_path}/none", "pixels": 64}
+        images = np.random.default_rng(0).random((40, 2, 8, 8, 8)).astype(np.float16)
+        flags = [*(a for a in flags if not a.startswith("--sampl")), "--input-size=8", "--preset-size=S/2"]
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "images.npy", images)
+    np.save(tmp_path / "data" / "labels.npy", np.arange(40) % 2)
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    monkeypatch.setattr(subprocess, "Popen", Here)
+    monkeypatch.setattr(costs, "memory_of", lambda argv, side, batch, train: 12.0)
+    clips, sample = [], dydilit.Diffusion.sample
+
+    def watching(*args, clip, **how):
+        clips.append(clip)
+        return sample(*args, clip=clip, **how)
+
+    monkeypatch.setattr(dydilit.Diffusion, "sample", watching)
+    ablate.main([*TWO, f"--data={tmp_path}/data", f"--out={out}", *flags])
+    text, results = (out / "ablate.md").read_text(), json.loads((out / "results.json").read_text())
+    row = dict(zip(*(cells(text)[name] for name in ("model", "DyDi-LiT"))))
+    assert [row[name] for name in ("held-out loss", "loss minus DyDi-LiT's", "memory, MiB")] == ["-", "-", "12"]
+    assert (row["Frechet distance"] == "-") == latents and {*clips} == {not latents}
+    assert ("2 seeds; no samples. Mean" in text) == latents and "step: 8 images, bfloat16 autocast, " in text
+    assert [p.name for p in out.glob("*.png")] == ["routes.png"] and "![routes.png](routes.png)" in text
+    assert_picture(out / "routes.png")
+    assert len([*out.glob("*/*/samples.npz")]) == (0 if latents else 4) and list(results) == TWO[1:3]
+    if latents:
+        args = argparse.Namespace(models=["DyDi-LiT"], size="S/2", data=f"{tmp_path}/data", out="out", seeds=1, nproc=1)
+        plan = ablate.plan(args, ["--samples", "30", "--cfg=4"])
+        assert train_min.parse(plan["DyDi-LiT", 0])[2].samples == 30
+        with pytest.raises(ValueError, match="--cfg and --sampling-steps do nothing without --s"):
+            ablate.plan(args, ["--cfg=4"])
+
+
+def test_samples_of_latents_are_said_not_to_be_evaluated(digits, finished, monkeypatch):
+    out = finished[0] / "DyDi-LiT" / "0"
+    model, about = load_model(out / "ckpt.pt")
+    monkeypatch.setattr(ablate, "load_model", lambda path: (model, about | {"meta": about["meta"] | {"scaling": 0.5}}))
+    result = ablate.measured(out, digits, out / "samples.npz", "cpu")
+    assert "eval_min.py" in result["not_evaluated"] and "kid" not in result
+    assert "not_evaluated" not in ablate.measured(out, digits, None, "cpu")
+
+
 def alive(group):
     try: os.killpg(group, 0)
     except ProcessLookupError: return False
@@ -389,11 +470,32 @@ def test_killed_and_continued_it_gives_the_same_table(finished, digits, tmp_path
     (["--preset-size=S/3"], r"unknown preset '\S*S/3'; known: S/2, B/2, L/2, pixels32, photos, digits"),
     (["--seeds=0"], "--seeds, --jobs and --nproc must be at least 1"),
     (["--models", "DiT", "--lr=-1"], "Training.lr must be"),
+    (["--models", "DiT", "DyDi-LiT", "--preset", "photos"], "no --preset: --preset-size and --models instead"),
+    (["--preset=photos"], "no --preset: --preset-size and --models instead"),
+    (["--seed", "3"], "no --seed: --seeds instead"),
+    (["--seed=3"], "no --seed: --seeds instead"),
+    (["--models", "DyDi-LiT", "--preset-size=DiT-digits"], "unknown preset 'DiT-digits'; known: S/2"),
+    (["--models", "DiT", "Sana", "--attention=relu"], "DiT would not be what its name says: flags change its atten"),
+    (["--models", "no-normalize", "--normalize"], "no-normalize would not be .* flags change its normalize"),
+    (["--models", "DyDi-LiT", "no-normalize", "--no-normalize"], "DyDi-LiT and no-normalize are one and the same mod"),
+    (["--nproc=3"], "batch_size 64 for --nproc 3: not divisible"),
+    (["--nproc=2", "--micro-batch=12"], "batch_size 64 for --nproc 2: not divisible, or not by micro_batch 12"),
+    (["--resolutions", "256", "500"], "--resolutions must be multiples of 16"),
 ])
 def test_a_wrong_argument_is_an_error_before_anything_runs(arguments, message, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(ValueError, match=message): ablate.main([*arguments, f"--out={tmp_path}/out"])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_no_name_stands_for_may_be_changed():
+    args = argparse.Namespace(models=["DiT", "DyDi-LiT", "DiT", "no-normalize"], size="digits", data=None, out="out",
+                              seeds=2, nproc=2)
+    plans = [ablate.plan(args, ["--depth=2", "--n-kernels=4", "--no-router-grad", "--micro-batch=16", *more])
+             for more in ([], ["--resume"])]  # each run is continued if it is there
+    assert plans[0] == plans[1] and len(plans[0]) == 6
+    configs = [train_min.parse(argv)[0] for argv in plans[0].values()]
+    assert all((c.depth, c.n_kernels, c.router_grad) == (2, 4, False) for c in configs)
 
 
 def test_every_model_is_trained_as_its_name_says():
@@ -416,6 +518,7 @@ def test_a_run_that_diverges_is_a_result(finished, digits, tmp_path):
     of["DyDi-LiT"]["1"] = result
     table = cells(f"\n\n\n\n{ablate.quality(of, {m: [0.001, 1] for m in of})}")
     assert table["broken (1 diverged)"] == ["-"] * (2 + len(ablate.COLUMNS)) + ["-", "1", "1"]
+    assert cells(f"\n\n\n\n{ablate.quality(of, {'DyDi-LiT': [None, None]})}")["DyDi-LiT (1 diverged)"][-2:] == ["-"] * 2
     one = of["DyDi-LiT"]["0"]["held_out_loss"]
     assert float(table["DyDi-LiT (1 diverged)"][2]) == pytest.approx(one, rel=1e-3), "without a spread"
 
@@ -443,7 +546,17 @@ def test_several_processes_and_jobs(finished, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"not finished: .*ladder-0-sana/0 \(exit status 1; .*DyDi-LiT/1 \(exit"):
         ablate.main([*arguments, "--nproc=2", "--jobs=3"])
     assert [c[1:7] for c in commands] == [["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                           str(ROOT / "ablate.py"), "--run"]] * 4
+                                           str(ROOT / "ablate.py"), "--one-run"]] * 4
+
+
+def test_a_run_on_two_processes_ends(digits, tmp_path):
+    """The real torchrun, which reads the flags behind the script as well."""
+    args = argparse.Namespace(models=["DyDi-LiT"], size="digits", data=digits, out=tmp_path, seeds=1, nproc=2)
+    runs = ablate.plan(args, [*TINY, "--steps=4", "--micro-batch=2", "--bf16"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        (result,) = ablate.complete(runs, 1, 2).values()
+    assert result["held_out_loss"] > 0 and result["n"] == 40
 
 
 def test_interrupted_it_ends_the_runs_that_it_has_started(finished, tmp_path, monkeypatch):
@@ -480,14 +593,16 @@ def test_times_are_medians_of_steps_that_take_turns(monkeypatch):
     assert order[0::2] == [order[0]] * 4 and order[1::2] == [order[1]] * 4 and order[0] is not order[1]
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_a_step_is_a_step(train, monkeypatch):
+@pytest.mark.parametrize(("train", "bf16"), [(True, False), (True, True), (False, False)])
+def test_a_step_is_a_step(train, bf16, monkeypatch):
     torch.manual_seed(0)
-    built = []
+    built, autocast = [], []
     monkeypatch.setattr(Config, "build", lambda self: built.append(dydilit.DyDiLiT(self)) or built[0])
-    step = costs.step_of(BASE, 2, "cpu", train)
+    step = costs.step_of(BASE, 2, "cpu", train, bf16)
+    built[0].register_forward_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
     before = [p.clone() for p in built[0].parameters()]
     step()
+    assert autocast == [bf16]
     changed = any(not torch.equal(*pair) for pair in zip(before, built[0].parameters()))
     assert changed == train and built[0].training == train
 
@@ -504,6 +619,83 @@ def test_memory_is_that_of_the_step_alone():
     found = costs.memory_of(["--preset=digits", "--hidden-size=32"], 8, 512, True)
     assert 100 < found < 1000
     assert costs.memory_of(["--preset=digits", "--hidden-size=32"], 8, 8, False) < found / 10
+
+
+@pytest.mark.parametrize(("flags", "nproc", "batch", "words"), [
+    ([], 1, 64, "64 images, float32, "),
+    (["--bf16"], 4, 16, "16 images (of 64: what a process takes at once), bfloat16 autocast, "),
+    (["--micro-batch=8"], 2, 8, "8 images (of 64: what a process takes at once), float32, "),
+])
+def test_a_training_step_is_measured_as_it_is_trained(flags, nproc, batch, words, tmp_path, monkeypatch):
+    """One process's share of the images, or what it takes of it at once; under autocast, or not. The words say so."""
+    calls = {}
+    def times_of(configs, *how): return calls.update(time=how) or dict.fromkeys(configs, 0.5)
+    def memory_of(argv, *how): return calls.update(memory=how) or 7.0
+    monkeypatch.setattr(costs, "times_of", times_of)
+    monkeypatch.setattr(costs, "memory_of", memory_of)
+    models = {"a": ["--preset=digits", *flags]}
+    found, where = costs.training_costs(models, tmp_path / "costs.json", nproc)
+    assert found == {"a": [0.5, 7.0]} and where.startswith(words)
+    assert calls == {"time": (batch, "cpu", True, 9, "--bf16" in flags), "memory": (8, batch, True)}
+    again = costs.training_costs({"a": ["--preset=digits", "--hidden-size=32"]}, tmp_path / "costs.json", 2)
+    assert again[1].startswith("32 images (of 64") and calls["memory"] == (8, 32, True), "not what was kept"
+    steps = []
+    monkeypatch.setattr(costs, "step_of", lambda *how: steps.append(how[1:]) or (lambda: None))
+    costs.print_memory(models["a"], 8, batch, True)
+    assert steps == [(batch, "cpu", True, "--bf16" in flags)]
+
+
+def test_what_does_not_fit_in_memory_has_no_costs(tmp_path, monkeypatch, capfd):
+    """More images than there are addresses. It is the CPU's allocator that says so, and the kernel, with a signal."""
+    models = {"a": ["--preset=digits", "--batch-size=10000000000000"]}
+    assert costs.memory_of(models["a"], 8, 10**13, True) == math.inf
+    assert costs.times_of({"a": BASE, "b": BASE}, 10**13, "cpu", True, 1) == {"a": None, "b": None}
+    assert costs.training_costs(models, tmp_path / "costs.json")[0] == {"a": [None, None]}
+    assert costs.training_costs(models, tmp_path / "costs.json")[0] == {"a": [None, None]}, "kept"
+    for code, found in ((-signal.SIGKILL, math.inf), (1, None)):
+        monkeypatch.setattr(subprocess, "run", lambda command, code=code, **_: subprocess.CompletedProcess(
+            command, code, "", "some other error"))
+        if found: assert costs.memory_of(models["a"], 8, 2, True) == found
+        else:
+            with pytest.raises(OSError, match="some other error"): costs.memory_of(models["a"], 8, 2, True)
+    for error, known in ((torch.OutOfMemoryError("CUDA"), True), (RuntimeError("shapes"), False)):
+        assert costs.no_room(error) == known
+
+
+def test_models_that_do_not_fit_together_are_timed_one_by_one(monkeypatch):
+    """What was timed leaves nothing in memory, also when nothing collects cycles by chance. Other errors are raised."""
+    alive, build = weakref.WeakSet(), Config.build
+
+    def noted(self):
+        alive.add(model := build(self))
+        return model
+
+    def seconds(step, device):
+        step()
+        if len(alive) > 1: raise torch.OutOfMemoryError("CUDA out of memory")
+        if next(iter(alive)).config.depth == 3: raise torch.OutOfMemoryError("CUDA out of memory")
+        return next(iter(alive)).config.depth
+
+    monkeypatch.setattr(Config, "build", noted)
+    monkeypatch.setattr(costs, "seconds", seconds)
+    models = {str(depth): replace(BASE, depth=depth) for depth in (1, 3, 2)}
+    gc.collect()
+    gc.disable()
+    try: assert costs.times_of(models, 2, "cpu", True, 1) == {"1": 1, "3": None, "2": 2}
+    finally: gc.enable()
+    assert len(alive) == 0
+    monkeypatch.setattr(costs, "seconds", lambda step, device: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"): costs.times_of(models, 2, "cpu", True, 1)
+
+
+def test_where_nobody_counts_memory_there_are_times(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(costs, "PROC", tmp_path / "none")
+    costs.print_memory(["--preset=digits", "--hidden-size=16"], 8, 2, True)
+    nan = float(capsys.readouterr().out)
+    assert math.isnan(nan)
+    monkeypatch.setattr(costs, "memory_of", lambda *_: nan)
+    found = costs.costs_of({"a": []}, {"a": BASE}, 2, "cpu", True, 1)["a"]
+    assert found[0] > 0 and found[1] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,13 +720,26 @@ def test_figures_are_drawn_of_the_runs(finished):
         assert f"![{name}]({name})" in (out / "ablate.md").read_text()
 
 
-def test_figures_of_numbers(tmp_path):
+def test_figures_of_numbers(tmp_path, monkeypatch):
+    save, drawn = figures.save, []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.extend(figure.axes) or save(figure, path))
     models = ("ladder-4-difference", "map-wise", "rising-lambda")
     rows = {name: [[0.01, 0.02, 0.03], [0.02, 0.03, 0.05]] for name in models}
     assert figures.lambdas(tmp_path / "lambdas.png", rows) == "lambdas.png"
     points = {name: [[256, 0.1, 20.0], [512, 0.4, 90.0]] for name in costs.S2}
     assert figures.resolutions(tmp_path / "resolutions.png", points, "somewhere") == "resolutions.png"
     for name in ("lambdas.png", "resolutions.png"): assert_picture(tmp_path / name)
+    for rows, panels in (([[256, 0.1, 20.0], [512, None, None]], 2), ([[256, 0.1, None], [512, 0.2, None]], 1),
+                         ([[256, None, None]], 0)):  # too large; not counted; nothing at all
+        drawn.clear()
+        found = figures.resolutions(tmp_path / "resolutions.png", dict.fromkeys(costs.S2, rows), "somewhere")
+        assert found == ("resolutions.png" if panels else None) and len(drawn) == panels
+
+
+def test_images_keep_their_grey_levels_and_latents_their_contrast():
+    x = torch.linspace(-1, 1, 8).view(1, 2, 4)
+    assert np.allclose(figures.image_of(x)[..., 0], (x[0] + 1) / 2)
+    assert np.allclose(figures.image_of(4 * x)[..., 0], (x[0] + 1) / 2)
 
 
 def test_a_route_figure_shows_the_shares_of_the_tokens(finished, tmp_path, monkeypatch):
@@ -544,6 +749,17 @@ def test_a_route_figure_shows_the_shares_of_the_tokens(finished, tmp_path, monke
     monkeypatch.setattr(figures.plt.Axes, "text", lambda self, x, y, s, **how: texts.append(s))
     with torch.no_grad():
         for block in model.blocks: block.attn.q_projector_router.zero_()
-    figures.routes(tmp_path / "routes.png", model, list("0123456789"), [read_log(finished[0] / "DyDi-LiT" / "0")])
+    log = read_log(finished[0] / "DyDi-LiT" / "0")
+    figures.routes(tmp_path / "routes.png", model, {"classes": list("0123456789")}, [log])
     assert texts[:20] == ["1: 100%"] * 20 and len(texts) == 40
     assert all(re.fullmatch(r"[123]: \d+%", text) for text in texts)
+
+
+def test_a_route_figure_has_a_panel_of_the_log_if_it_says_anything(finished, tmp_path, monkeypatch):
+    model = load_model(finished[0] / "DyDi-LiT" / "0" / "ckpt.pt")[0]
+    log, drawn = read_log(finished[0] / "DyDi-LiT" / "0"), []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(len(figure.axes)) or path.name)
+    silent = [{k: v for k, v in x.items() if k != "usage_entropy"} for x in log]
+    for logs in ([log, log], [silent], [log, silent]):
+        assert figures.routes(tmp_path / "r.png", model, {"classes": ["0", "1"]}, logs) == "r.png"
+    assert drawn == [3, 2, 2]
