@@ -174,9 +174,9 @@ def dydila_attention(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, diff
     check_shapes(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers)
     if backend not in ("auto", "reference", "fused"):
         raise ValueError(f"backend must be 'auto', 'reference' or 'fused', got {backend!r}")
-    fused = q.device.type in FUSED_DEVICES
+    fused = q.device.type in FUSED_DEVICES and torch.autograd.forward_ad._current_level < 0  # no jvp
     if backend == "fused" and not fused:
-        raise RuntimeError(f"no extension for {q.device.type} is here; python setup.py build_ext --inplace builds it")
+        raise RuntimeError(f"no extension for {q.device.type} or for jvp is here; python setup.py build_ext --inplace")
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in (q, k, q_prime, k_prime, v)))
     if backend == "auto" and q.is_cuda:  # what the CUDA kernels are made for
         fused = fused and torch.cuda.get_device_capability(q.device) >= (8, 0) and dtype != torch.float64
@@ -228,7 +228,7 @@ def fused_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9], *output[1:])
 
 def fused_backward(ctx, dout, *_):
-    grads = torch.ops.dydilit.attention_bwd(dout, *ctx.saved_tensors[:9], *ctx.options, *ctx.saved_tensors[9:])
+    grads = torch.ops.dydilit.attention_bwd(dout, *(kept := ctx.saved_tensors)[:9], *ctx.options, *kept[9:])
     return *(grads if ctx.options[1] else grads[:7] + (None, None)), None, None, None
 
 def fused_twice(ctx, *_): raise RuntimeError("the fused op has no second derivatives; backend='reference' has")

@@ -105,10 +105,16 @@ class Decoder:
         logging.set_verbosity_error()
         try:
             with warnings.catch_warnings(action="ignore"):
-                self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).to(device)
+                self.vae, found = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, low_cpu_mem_usage=False,
+                                                                output_loading_info=True)
         except Exception as e:  # of many kinds, and pages long
             reason = str(e).strip().partition("\n")[0]
             raise ValueError(f"cannot load the autoencoder {vae!r} (offline? --vae names another): {reason}") from e
+        about = self.vae.to(device).config
+        if missing := found["missing_keys"]:
+            raise ValueError(f"the autoencoder {vae!r} lacks {len(missing)} weights, {min(missing)} among them")
+        if about.shift_factor or about.latents_mean or about.latents_std:
+            raise ValueError(f"the autoencoder {vae!r} also shifts its latents; only a scaling is provided for")
         if self.vae.config.latent_channels != config.in_channels:
             raise ValueError(f"the autoencoder {vae!r} decodes {self.vae.config.latent_channels} channels, the model "
                              f"makes {config.in_channels}")
@@ -120,4 +126,5 @@ class Decoder:
         if self.vae is not None:  # in float32, a few at a time: it needs far more memory than the model
             with torch.autocast(x.device.type, enabled=False):
                 x = torch.cat([self.vae.decode(z / self.scaling).sample for z in x.split(self.batch)])
+        if not x.isfinite().all(): raise ValueError("the samples are not finite numbers")
         return to_uint8(x)

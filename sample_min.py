@@ -135,10 +135,11 @@ def sample_to(out, model, labels, settings, decode, batch=250):
     shutil.rmtree(folder)
 
 
-def settings_in(npz, n):
-    """The settings that a file of sample_to's was made with, if it holds n images; or None."""
+def settings_in(npz, labels):
+    """The settings that a file of sample_to's was made with, if it holds images of these labels (n,); or None."""
     try:
-        with np.load(npz) as made: return json.loads(str(made["settings"])) if len(made["labels"]) == n else None
+        with np.load(npz) as made:
+            return json.loads(str(made["settings"])) if np.array_equal(made["labels"], labels.numpy()) else None
     except (OSError, ValueError, KeyError): return None
 
 
@@ -159,7 +160,7 @@ def save_grid(path, images, columns):
 
 def labels_for(classes, names):
     """Label numbers for what was asked: numbers or names; all classes for an empty list."""
-    known = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
+    known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     if unknown := [c for c in classes if c not in known]:
         raise ValueError(f"unknown class {unknown[0]!r}; there are {len(names)}: {', '.join(names[:20])}")
     return [known[c] for c in classes] or list(range(len(names)))
@@ -179,7 +180,8 @@ def settings_of(model, ckpt, *, cfg, steps, seed, sampler="ddpm", cfg_channels=N
     for _, z in sorted(ckpt["ema"].items()): digest.update(z.contiguous().cpu().numpy())
     return {"model": getattr(model.config, "attention", "dydila"), "weights": digest.hexdigest()[:16],
             "step": ckpt["step"], "data": ckpt["meta"].get("name"), "cfg": cfg,
-            "cfg_channels": cfg_channels or (3 if latents else None), "steps": steps, "sampler": sampler,
+            "cfg_channels": cfg_channels or (min(3, model.config.in_channels) if latents else None),
+            "steps": steps, "sampler": sampler,
             "seed": seed, "dtype": dtype, "attention_dtype": attention_dtype,
             "vae": (vae or ckpt["meta"]["vae"]) if latents else None}
 
@@ -190,7 +192,8 @@ def main():
                         help="of train_min.py, or a folder of --export, or DiT's weights (default: %(default)s)")
     parser.add_argument("--out", default="samples.png",
                         help="a .png grid, or .npz: arr_0 (N, H, W, C), labels, settings (default %(default)s)")
-    parser.add_argument("--classes", nargs="+", default=[], help="numbers or names; default: every class")
+    parser.add_argument("--classes", nargs="+", default=[],
+                        help="names, or numbers that are no names; default: every class")
     parser.add_argument("--per-class", type=int, default=8, help="images of each class (default %(default)s)")
     parser.add_argument("--images", type=int, help="images in all, instead of --per-class")
     parser.add_argument("--labels", choices=("balanced", "random"), default="balanced",
@@ -232,7 +235,7 @@ def main():
     rank, _, device = distributed()
     npz = args.out if args.out.endswith(".npz") else f"{args.out}.npz"  # a grid is made of one, which does not stay
     if Path(args.out).exists() and npz == args.out:
-        if settings_in(npz, len(labels)) != settings:
+        if settings_in(npz, labels) != settings:
             raise FileExistsError(f"{npz} exists, and not by this command; delete it, or choose another --out")
         return print(f"{npz}: already there") if rank == 0 else None
     decode = Decoder(model.config, settings["vae"], ckpt["meta"].get("scaling"), device)

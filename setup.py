@@ -37,16 +37,17 @@ cuda = wanted != "0" and not lacking
 # Without -fopenmp at::parallel_for is a plain loop.
 openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
 compile_args = {"cxx": ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", *openmp]}
-macros, extension_class = [], cpp_extension.CppExtension
+# torch's own TORCH_VERSION lacks what tells a nightly or a vendor's build apart
+macros, extension_class = [("DYDILIT_TORCH", f'"{torch.__version__.split("+")[0]}"')], cpp_extension.CppExtension
 if cuda:
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    macros, extension_class = [("DYDILIT_CUDA_ARCHS", f'"{archs}"')], cpp_extension.CUDAExtension
+    macros, extension_class = [*macros, ("DYDILIT_CUDA_ARCHS", f'"{archs}"')], cpp_extension.CUDAExtension
     compile_args["nvcc"] = ["-O3", "-lineinfo", "--threads=2"]
     sources += cuda_sources
 
 extension = extension_class(
     "dydilit_C", sources, include_dirs=[str(HERE / "csrc")], define_macros=macros, extra_compile_args=compile_args,
-    depends=[str(path) for path in (HERE / "csrc").glob("*h")],  # .h and .cuh
+    depends=[f"csrc/{path.name}" for path in (HERE / "csrc").glob("*h")],  # .h and .cuh
     extra_link_args=openmp,
 )
 

@@ -143,11 +143,12 @@ def train_and_sample(argv):
         sys.exit(130)
     if not args.samples:
         return training, None
-    npz, (model, ckpt), labels = out / "samples.npz", load_model(out / "ckpt.pt"), torch.arange(args.samples)
+    npz, (model, ckpt) = out / "samples.npz", load_model(out / "ckpt.pt")
+    labels = torch.arange(args.samples) % config.num_classes
     settings = settings_of(model, ckpt, cfg=args.cfg, steps=args.sampling_steps, seed=training.seed)
-    if settings_in(npz, args.samples) != settings:  # not made yet, or of other weights
+    if settings_in(npz, labels) != settings:  # not made yet, or of other weights
         decode = Decoder(config, settings["vae"], ckpt["meta"].get("scaling"), device)
-        sample_to(npz, model, labels % config.num_classes, settings, decode)
+        sample_to(npz, model, labels, settings, decode)
     if rank == 0:
         columns = min(config.num_classes, 20)
         with np.load(npz) as made: save_grid(out / "samples.png", made["arr_0"][: 8 * columns], columns)

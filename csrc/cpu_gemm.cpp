@@ -10,7 +10,7 @@ constexpr int BYTES = 16, ROWS = 6;
 #include "cpu_gemm_body.h"
 }  // namespace baseline
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")

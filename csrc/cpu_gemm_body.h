@@ -1,8 +1,11 @@
 // The loops of cpu_gemm.h for vectors of BYTES bytes and ROWS x 2 of them as accumulators. cpu_gemm.cpp includes this file
 // once for each instruction set, between pragmas and inside a namespace; hence no include guard, and nothing from std.
 
-template <class T>
-using Vector __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias)) = T;
+// As two types, since clang forgets an alignment that depends on T
+template <class T> struct VectorOf;
+template <> struct VectorOf<float> { typedef float type __attribute__((vector_size(BYTES), aligned(4), may_alias)); };
+template <> struct VectorOf<double> { typedef double type __attribute__((vector_size(BYTES), aligned(8), may_alias)); };
+template <class T> using Vector = typename VectorOf<T>::type;
 
 template <class T>
 struct Body {

@@ -3,7 +3,7 @@
 // AVX-512, could be the copy that the linker keeps for everybody.
 #include "cpu_kernels.h"
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define DISPATCH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define DISPATCH
@@ -63,7 +63,7 @@ DISPATCH void Rows<T>::choose(int64_t rows, int64_t n, const T* logits, const T*
     int32_t best = 0;
     T largest = logits[0];
     for (int32_t j = 1; j < n; j++) {  // no branch: which one wins cannot be foreseen
-      const bool more = logits[j] > largest;
+      const bool more = logits[j] > largest || (logits[j] != logits[j] && largest == largest);  // the first NaN, if any
       best = more ? j : best;
       largest = more ? logits[j] : largest;
     }
@@ -235,7 +235,7 @@ DISPATCH void narrow_float16(int64_t rows, int64_t D, const float* x, int64_t ld
     }
 }
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
 __attribute__((target("arch=x86-64-v4"))) static const char* isa() { return "x86-64-v4 (AVX-512)"; }
 __attribute__((target("arch=x86-64-v3"))) static const char* isa() { return "x86-64-v3 (AVX2)"; }
 __attribute__((target("default"))) static const char* isa() { return "x86-64"; }

@@ -6,6 +6,9 @@
 
 #include "cpu_kernels.h"
 
+#ifndef DYDILIT_TORCH
+#define DYDILIT_TORCH TORCH_VERSION
+#endif
 #ifndef DYDILIT_CUDA_ARCHS
 #define DYDILIT_CUDA_ARCHS ""
 #endif
@@ -47,7 +50,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "build_info",
       [] {
         py::dict info;
-        info["torch"] = TORCH_VERSION;  // the version it was built for, and the only one it works with
+        info["torch"] = DYDILIT_TORCH;  // the version it was built for, and the only one it works with
         info["compiler"] = __VERSION__;
         info["isa"] = dydilit::cpu_isa();          // chosen when it was imported
         info["cuda_archs"] = DYDILIT_CUDA_ARCHS;  // "" for a build without CUDA

@@ -111,7 +111,10 @@ struct PhiRowBackward {
 
 // exp(logit - max), the numerator of the softmax
 template <class T>
-HOST_DEVICE T softmax_numerator(T logit, T max) { return exp2_of((logit - max) * T(1 / LN2)); }
+HOST_DEVICE T softmax_numerator(T logit, T max) {
+  const T x = (logit - max) * T(1 / LN2);
+  return exp2_of(x < -2000 ? T(-2000) : x);  // exp2_of takes no more than 2^22; this is 0 in every type
+}
 
 template <class T>
 HOST_DEVICE T dlogit(T dgate, bool chosen, T softmax) { return dgate * ((chosen ? T(1) : T(0)) - softmax); }

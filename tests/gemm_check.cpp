@@ -51,7 +51,7 @@ bool check(const char* name, const Gemm<T>& g) {
 
 int main() {
   int wrong = check("baseline", baseline::Body<float>::functions) + check("baseline", baseline::Body<double>::functions);
-#ifdef __x86_64__
+#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12 && !defined(__clang__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     wrong += check("v3", v3::Body<float>::functions) + check("v3", v3::Body<double>::functions);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

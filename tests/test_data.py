@@ -424,6 +424,15 @@ def test_exif_orientation(tmp_path, orientation, stored):
         check(save(tmp_path, im, exif=exif), upright if upright.ndim == 3 else upright // 257)
 
 
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp"])
+def test_exif_that_pillow_cannot_read_or_write_does_not_cost_the_image(tmp_path, format):
+    im, odd = Image.fromarray(np.full((8, 8, 3), 77, np.uint8)), Image.Exif()
+    odd[0x0112], odd[0x8298] = 6, b"\xff\xfe"
+    for exif in (odd.tobytes(), b"Exif\0\0junk that is no TIFF"):
+        im.save(tmp_path / f"x.{format}", exif=exif, **({"lossless": True} if format == "webp" else {}))
+        assert folder.load_image(tmp_path / f"x.{format}", 8).shape == (3, 8, 8)
+
+
 def test_exif_orientation_comes_before_the_crop(tmp_path):
     upright = np.zeros((8, 16, 3), np.uint8)
     upright[:, 4:12] = noise(8, 8, 3)
@@ -486,8 +495,21 @@ def test_folder_bytes_do_not_depend_on_workers(tmp_path):
 def test_folder_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
     make_root(tmp_path / "in", {"a": 30, "b": 20})
     found, walk = folder.find(tmp_path / "in"), os.walk
-    monkeypatch.setattr(os, "walk", lambda top: ((d, s, sorted(f, key=lambda n: n[::-1])) for d, s, f in walk(top)))
+    def other(*a, **k): return ((d, s, sorted(f, key=lambda n: n[::-1])) for d, s, f in walk(*a, **k))
+    monkeypatch.setattr(os, "walk", other)
     assert folder.find(tmp_path / "in")[:2] == found[:2]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_not_an_absence(tmp_path, monkeypatch):
+    root, scandir = make_root(tmp_path / "in", {"a": 3, "b": 3}), os.scandir
+    (root / "a" / "more").mkdir()
+
+    def refused(path):
+        if str(path).endswith("more"): raise PermissionError(f"no: {path}")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="more"): folder.find(root)
 
 
 def test_folder_cli(tmp_path):

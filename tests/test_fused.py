@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import dydilit
 from dydilit import dydila_attention
@@ -229,6 +230,43 @@ def test_nothing_uninitialised_is_read_or_returned(size, dtype):
     finally:
         torch.use_deterministic_algorithms(False)
     for name, a, b in zip(NAMES, clean, poisoned): assert torch.equal(a, b), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.func imports
+def test_forward_mode_takes_the_python_path():
+    """The op has no such derivative; autograd would take it for 0, without a word."""
+    tensors, dout = inputs(2, 9, 8, 3, 2)
+
+    def slope(backend):
+        return torch.func.jvp(lambda q: dydila_attention(q, *tensors[1:], backend=backend), (tensors[0],), (dout,))[1]
+
+    assert slope("reference").any() and torch.equal(slope("reference"), slope("auto"))
+    with pytest.raises(RuntimeError, match="no extension for cpu or for jvp"): slope("fused")
+
+
+def test_activation_checkpointing():
+    tensors, dout = inputs(2, 9, 8, 3, 2)
+    def f(*leaves): return dydila_attention(*leaves, backend="fused")
+    plain = results(tensors, dout, "fused")
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = checkpoint(f, *leaves, use_reentrant=False)
+    for name, a, b in zip(NAMES, plain, [out, *torch.autograd.grad(out, leaves, dout)]): assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("gap", [1e12, 1e15, 1e30])
+def test_logits_far_apart_have_the_gradient_0(gap):
+    tensors, dout = inputs(2, 9, 8, 3, 2, torch.float32)
+    tensors[7:] = [gap * t for t in tensors[7:]]
+    want, got = (results(tensors, dout, backend) for backend in ("reference", "fused"))
+    assert not want[8].any() and not got[8].any() and not got[9].any()
+    assert all(g.isfinite().all() for g in got)
+
+
+def test_a_router_with_nan_shows_in_the_choice_as_it_does_on_the_python_path():
+    tensors, _ = inputs(2, 9, 8, 3, 2, gamma=(1.0, 4.0))
+    tensors[7][:, :, 1] = torch.nan
+    want, got = (dydila_attention(*tensors, router_grad=False, backend=b) for b in ("reference", "fused"))
+    assert torch.allclose(want, got, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("D", [1, 8])

@@ -231,7 +231,7 @@ def test_a_finished_file_is_not_made_twice_nor_overwritten(latents, sample, tmp_
     before = out.read_bytes()
     monkeypatch.setattr(sample_min, "generate", None)
     assert sample(latents, *FLAGS, f"--out={out}") == (0, f"{out}: already there\n")
-    for other in ("--seed=1", "--images=12"):
+    for other in ("--seed=1", "--images=12", "--labels=random", "--classes=1"):
         code, _ = sample(latents, *FLAGS, other, f"--out={out}")
         assert code == f"FileExistsError: {out} exists, and not by this command; delete it, or choose another --out"
     assert out.read_bytes() == before
@@ -372,6 +372,13 @@ def test_the_decoder_takes_a_few_at_a_time(latents, vae):
 
 def test_pixels_need_no_autoencoder():
     decode, x = load.Decoder(CONFIG, None, None, "cpu"), torch.arange(64).view(1, 1, 8, 8) / 25 - 1.26
+    with pytest.raises(ValueError, match="the samples are not finite"): decode(torch.full_like(x, torch.nan))
     assert decode.shape == (8, 8, 1) and decode(x).flatten().tolist() == [
         int(min(max(127.5 * (i / 25 - 1.26) + 128, 0), 255)) for i in range(64)]
     assert Path(ROOT / "load.py").read_text().count("127.5") == 1  # the rounding stands once
+
+
+def test_a_class_is_known_by_its_name_before_its_number():
+    names = sorted(map(str, range(20)))  # 0, 1, 10, 11 .. 2, 20
+    assert sample_min.labels_for(["10", "2"], names) == [names.index("10"), names.index("2")]
+    assert sample_min.labels_for(["1"], ["cat", "dog"]) == [1]

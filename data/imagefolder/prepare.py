@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))  # for whoever does not start this file as a script
 from rows import DONE, PLAN, ROWS, Rows, begin, check_room, fill, torchrun
@@ -28,12 +28,25 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 NAMES = ["images.npy", "labels.npy", "meta.json"]
 TEMPS = ["tmp.kept.npy", *(f"tmp.{name}" for name in NAMES), DONE, f"{PLAN}.new", PLAN]
 
+TURN = Image.Transpose
+TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
+         7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}    # by EXIF's orientation
+
 # -----------------------------------------------------------------------------
 # one image
 
+def upright(im):
+    """PIL image -> turned as its EXIF says, if that can be read. ImageOps.exif_transpose also writes the EXIF anew, and
+    fails at tags that Pillow can read and not write."""
+    im.load()
+    try: how = TURNS.get(im.getexif().get(0x0112))
+    except Exception: how = None                # what is no EXIF says nothing of the pixels
+    return im if how is None else im.transpose(how)
+
+
 def to_rgb(im):
     """PIL image of any mode -> 8-bit "RGB" or "L", upright; what is transparent becomes white. ValueError: mode F."""
-    im = ImageOps.exif_transpose(im)
+    im = upright(im)
     if im.mode.startswith("I"):                 # 16-bit grey; Pillow's own conversion would clip it at 255 (it gives
                                                 # 16-bit colour as 8 bits, rightly scaled)
         x = np.asarray(im).astype(np.int64).clip(0, 65535)
@@ -79,6 +92,9 @@ def read(file, size, gray):
 # -----------------------------------------------------------------------------
 # the data set
 
+def refuse(error): raise error                   # os.walk would go on without what it cannot list
+
+
 def find(root, n_classes=None, class_seed=0):
     """Folder -> (class names, files, int64 labels of the files). ValueError if there is nothing to prepare.
 
@@ -98,7 +114,7 @@ def find(root, n_classes=None, class_seed=0):
     files, labels = [], []
     for label, name in enumerate(classes):
         found = []
-        for folder, subfolders, leaves in os.walk(root / name):
+        for folder, subfolders, leaves in os.walk(root / name, onerror=refuse):
             subfolders[:] = [d for d in subfolders if not d.startswith(".")]
             found += [Path(folder, f) for f in leaves
                       if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
@@ -117,9 +133,9 @@ def shuffled(labels, held_out, seed=SEED):
     quota, rest = np.divmod(counts * held_out, len(labels))
     rest[counts - quota <= 1] = -1              # a class gives its last training image only if no other class can give
     quota[np.argsort(-rest, kind="stable")[:held_out - quota.sum()]] += 1
-    held = np.zeros(len(labels), bool)
-    for c, k in enumerate(quota):
-        held[np.flatnonzero(labels[order] == c)[:k]] = True
+    drawn, rank = labels[order], np.empty(len(labels), np.int64)    # rank: within its class, in the order drawn
+    rank[np.argsort(drawn, kind="stable")] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held = rank < quota[drawn]
     return np.concatenate([order[~held], order[held]])
 
 
