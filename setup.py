@@ -47,7 +47,7 @@ if cuda:
 
 extension = extension_class(
     "dydilit_C", sources, include_dirs=[str(HERE / "csrc")], define_macros=macros, extra_compile_args=compile_args,
-    depends=[f"csrc/{path.name}" for path in (HERE / "csrc").glob("*h")],  # .h and .cuh
+    depends=sorted(f"csrc/{path.name}" for path in (HERE / "csrc").iterdir()),  # all of it also goes into an sdist
     extra_link_args=openmp,
 )
 

@@ -230,6 +230,8 @@ Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, con
   const Shape s = check(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers);
   return dispatch(q.scalar_type(), [&](auto type) {
     check_limits(s);
+    check_kept(s, normalize, dtype_of<typename cuda::Core<decltype(type)>::type>, q, dout, dq, dk, attn, kernel_logits,
+               difference_logits, k_sum, den);
     const Environment here(q);
     const Inputs<decltype(type)> inputs(s, q, k, q_prime, k_prime, gamma, lam, kernel_routers, difference_routers,
                                         true, here.stream);

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <tuple>
+#include <vector>
 
 namespace dydilit {
 
@@ -32,6 +33,27 @@ inline Shape check(const Tensor& q, const Tensor& k, const Tensor& q_prime, cons
   TORCH_CHECK(difference_routers.sizes() == at::IntArrayRef({2, 2 * s.D, s.n_D}), "difference_routers must be (2, 2D, n_D)");
   TORCH_CHECK(s.D > 0 && s.n_F > 0 && s.n_D > 0, "D, n_F and n_D must be at least 1");
   return s;
+}
+
+// For the backward: dout, and what the forward kept, in its order; core is the dtype of Dq, Dk and their product
+inline void check_kept(const Shape& s, bool normalize, at::ScalarType core, const Tensor& q, const Tensor& dout,
+                       const Tensor& dq, const Tensor& dk, const Tensor& attn, const Tensor& kernel_logits,
+                       const Tensor& difference_logits, const Tensor& k_sum, const Tensor& den) {
+  TORCH_CHECK(dout.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type() && dout.device() == q.device(),
+              "dout must agree with q in shape, dtype and device");
+  const auto wide = at::toOpMathType(q.scalar_type());
+  const int64_t n = s.tokens_first ? s.N : s.D, b = normalize ? s.B : 0;
+  const std::tuple<const Tensor*, at::ScalarType, std::vector<int64_t>> kept[] = {
+      {&dq, core, {s.B, s.N, s.D}},
+      {&dk, core, {s.B, s.N, s.D}},
+      {&attn, core, {s.B, n, n}},
+      {&kernel_logits, wide, {4, s.B, s.N, s.n_F}},
+      {&difference_logits, wide, {2, s.B, s.N, s.n_D}},
+      {&k_sum, wide, {b, s.D + 1}},
+      {&den, wide, {b, s.N}}};
+  for (const auto& [x, dtype, sizes] : kept)
+    TORCH_CHECK(x->sizes() == sizes && x->scalar_type() == dtype && x->device() == q.device(),
+                "attention_bwd takes what attention_fwd kept for the same arguments");
 }
 
 // x (B, N, D) itself if its rows are evenly spaced, stride(1) apart, as those of one part of a joint projection are; else

@@ -15,6 +15,24 @@ def shuffle(n, seed=0):
     return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
 
 
+def shuffled(labels, held_out, seed=0):
+    """Row order (int64, N) for int labels (N): all shuffled, the last held_out rows (fewer than N) stratified.
+
+    A class gives its share, rounded up where most is left over, but its last training image only if no other can give.
+    """
+    order, counts = shuffle(len(labels), seed), np.bincount(labels)
+    quota, owed = np.divmod(counts * held_out, len(labels))
+    for _ in range(held_out - quota.sum()):     # one more, of the class that is furthest behind its share
+        left = counts - quota
+        c = np.lexsort((-np.arange(len(owed)), owed, np.minimum(left, 2)))[-1]
+        quota[c] += 1
+        owed[c] -= len(labels)
+    drawn, rank = labels[order], np.empty(len(labels), np.int64)    # rank: within its class, in the order drawn
+    rank[np.argsort(drawn, kind="stable")] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held = rank < quota[drawn]
+    return np.concatenate([order[~held], order[held]])
+
+
 def write(out, images, labels, meta):
     """Write a set into the folder `out`, over an earlier one of its name. ValueError if `out` holds some other set.
 

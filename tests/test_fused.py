@@ -218,6 +218,23 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.dydilit.attention_bwd, (dout, *forward, *saved), test_utils=tests)
 
 
+def test_the_backward_alone_refuses_what_does_not_belong_together():
+    """As the operator may be called by others; what it would read otherwise lies outside of the tensors."""
+    tensors, dout = inputs(2, 6, 5, 3, 2, torch.float32)
+    options = (True, True, 1e-6)
+    kept = torch.ops.dydilit.attention_fwd(*tensors, *options)[1:]
+    want = torch.ops.dydilit.attention_bwd(dout, *tensors, *options, *kept)
+    spread = [torch.stack([x, x], -1)[..., 0] for x in kept]  # not contiguous
+    for x, y in zip(want, torch.ops.dydilit.attention_bwd(dout, *tensors, *options, *spread)): assert torch.equal(x, y)
+    for other in (dout[:, :5], dout.double()):
+        with pytest.raises(RuntimeError, match="dout must agree with q in shape, dtype and device"):
+            torch.ops.dydilit.attention_bwd(other, *tensors, *options, *kept)
+    for i, x in enumerate(kept):
+        for other in (x[..., 1:], x.double()):
+            with pytest.raises(RuntimeError, match="takes what attention_fwd kept for the same arguments"):
+                torch.ops.dydilit.attention_bwd(dout, *tensors, *options, *kept[:i], other, *kept[i + 1:])
+
+
 @pytest.mark.parametrize("size", [(2, 70, 33, 9, 5), (1, 65, 130, 3, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_uninitialised_is_read_or_returned(size, dtype):

@@ -134,9 +134,10 @@ def extension(monkeypatch):
     return call
 
 
-def test_every_header_is_one_that_the_extension_depends_on(extension):
-    headers = {path for path in (ROOT / "csrc").iterdir() if path.suffix in (".h", ".cuh")}
-    assert any(path.suffix == ".cuh" for path in headers) and {ROOT / path for path in extension().depends} == headers
+def test_every_header_and_source_is_one_that_the_extension_depends_on(extension):
+    """Those of CUDA too where it is built without: a source distribution takes them from here."""
+    files = {path for path in (ROOT / "csrc").iterdir() if path.suffix in (".h", ".cuh", ".cpp", ".cu")}
+    assert len({path.suffix for path in files}) == 4 and {ROOT / path for path in extension().depends} == files
 
 
 def test_a_cuda_home_without_headers_gives_way(extension, monkeypatch, tmp_path):

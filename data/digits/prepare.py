@@ -11,29 +11,15 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from prepared import command, shuffle, write
+from prepared import command, shuffled, write
 
-HELD_OUT = 180
-SEED = 0
-
-
-def shuffled(labels, held_out, seed=SEED):
-    """Row order (int64, N) for int labels (N): all shuffled, the last held_out rows stratified."""
-    order = shuffle(len(labels), seed)
-    counts = np.bincount(labels)
-    quota, rest = np.divmod(counts * held_out, len(labels))
-    rest[counts - quota <= 1] = -1              # a class gives its last training image only if no other class can give
-    quota[np.argsort(-rest, kind="stable")[:held_out - quota.sum()]] += 1
-    held = np.zeros(len(labels), bool)
-    for c, k in enumerate(quota):
-        held[np.flatnonzero(labels[order] == c)[:k]] = True
-    return np.concatenate([order[~held], order[held]])
+HELD_OUT, SEED = 180, 0
 
 
 def prepare(out):
     """Write the set into the folder `out`, over an earlier one. ValueError if `out` holds some other set."""
     digits = load_digits()
-    order = shuffled(digits.target, HELD_OUT)
+    order = shuffled(digits.target, HELD_OUT, SEED)
     images = np.rint(digits.images[order, None] * 255 / 16).astype(np.uint8)    # N 1 8 8; 0..16 becomes 0..255
     labels = digits.target[order].astype(np.int64)
     meta = {"name": "digits", "classes": list("0123456789"), "flip": False, "held_out": HELD_OUT, "levels": 16}

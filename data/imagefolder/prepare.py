@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))  # for whoever does not start this file as a script
+from prepared import shuffled
 from rows import DONE, PLAN, ROWS, Rows, begin, check_room, fill, torchrun
 
 SEED = 0
@@ -125,20 +127,6 @@ def find(root, n_classes=None, class_seed=0):
     return classes, files, np.array(labels, np.int64)
 
 
-def shuffled(labels, held_out, seed=SEED):
-    """Row order (int64, N) for int labels (N): all shuffled, the last held_out rows stratified."""
-    # Sorting raw words of PCG64 is a shuffle that no NumPy release changes; permutation() comes without that promise.
-    order = np.argsort(np.random.PCG64(seed).random_raw(len(labels)), kind="stable")
-    counts = np.bincount(labels)
-    quota, rest = np.divmod(counts * held_out, len(labels))
-    rest[counts - quota <= 1] = -1              # a class gives its last training image only if no other class can give
-    quota[np.argsort(-rest, kind="stable")[:held_out - quota.sum()]] += 1
-    drawn, rank = labels[order], np.empty(len(labels), np.int64)    # rank: within its class, in the order drawn
-    rank[np.argsort(drawn, kind="stable")] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    held = rank < quota[drawn]
-    return np.concatenate([order[~held], order[held]])
-
-
 def n_held_out(share, n):
     return min(round(share * n), n - 1)         # something to train on, always
 
@@ -175,7 +163,7 @@ def prepare(root, size, out, held_out=0.05, flip=True, gray=False, on_error="ref
     listed = "\0".join(file.removeprefix(str(Path(root))).lstrip(os.sep) for file in files)
     plan |= about | {"size": size, "gray": gray, "flip": flip, "held_out": held_out, "batch": batch, "classes": classes,
                      "files": f"{len(files)}, sha256 {hashlib.sha256(os.fsencode(listed)).hexdigest()[:16]}"}
-    order = shuffled(labels, n_held_out(held_out, len(files)))
+    order = shuffled(labels, n_held_out(held_out, len(files)), SEED)
 
     made, began, rows = not out.exists(), False, [files[i] for i in order]
     try:
@@ -197,7 +185,7 @@ def prepare(root, size, out, held_out=0.05, flip=True, gray=False, on_error="ref
             if lost:
                 raise ValueError(f"class {names[min(lost)]!r} has no readable images")
             labels, row = labels[good], np.argsort(order)[good]         # row: where each good image lies now
-            order = shuffled(labels, n_held_out(held_out, len(labels)))
+            order = shuffled(labels, n_held_out(held_out, len(labels)), SEED)
             filled = copy_rows(out, row[order])
         meta = {"name": out.resolve().name, "classes": names, "flip": flip,
                 "held_out": n_held_out(held_out, len(labels)), "levels": 255, **about}
