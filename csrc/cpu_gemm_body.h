@@ -129,7 +129,8 @@ struct Body {
       for (int s = 0; s < S; s++) b[s] = *(const V*)(B + s * ldb + k);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        const V a = *(const V*)(A + r * lda + k);
+        V a = *(const V*)(A + r * lda + k);
+        IN_REGISTER(a);
 #pragma GCC unroll 4
         for (int s = 0; s < S; s++) sum[r][s] += a * b[s];
       }

@@ -62,8 +62,8 @@ DISPATCH void Rows<T>::choose(int64_t rows, int64_t n, const T* logits, const T*
   for (int64_t i = 0; i < rows; i++, logits += n) {
     int32_t best = 0;
     T largest = logits[0];
-    for (int32_t j = 1; j < n; j++) {  // no branch: which one wins cannot be foreseen
-      const bool more = logits[j] > largest || (logits[j] != logits[j] && largest == largest);  // the first NaN, if any
+    for (int32_t j = 1; j < n; j++) {  // & and no &&, which gcc makes a branch: which one wins cannot be foreseen
+      const bool more = !(logits[j] <= largest) & (largest == largest);  // the first NaN, if any, is the largest
       best = more ? j : best;
       largest = more ? logits[j] : largest;
     }
