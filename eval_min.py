@@ -63,6 +63,7 @@ def read_set(data_dir):
     try:
         meta = json.loads((data_dir / "meta.json").read_text())
         images, labels = (np.load(data_dir / f"{name}.npy", mmap_mode="r") for name in ("images", "labels"))
+        if images.dtype == np.float16: raise ValueError("these are latents, the metrics are of images")
         if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
             raise ValueError(f"images are {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}")
         if not isinstance(meta, dict) or not {"name", "classes", "levels"} <= meta.keys():

@@ -6,6 +6,7 @@
 A file of train_min.py's, a folder of `sample_min.py --export`, or weights of facebookresearch/DiT.
 """
 
+import argparse
 import json
 import math
 import warnings
@@ -18,12 +19,14 @@ from baselines import Baseline
 from dydilit import Config, load_checkpoint
 
 def dit_checkpoint(path, heads=None):
-    """A bare state dict with the names of DiT (Peebles & Xie) as a checkpoint, its config from the shapes; or None.
+    """Weights with the names of DiT (Peebles & Xie) as a checkpoint, its config from the shapes; or None.
 
     Only the number of heads leaves no trace in the shapes: None takes that of DiT's own four widths.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which its train.py puts beside the weights
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("ema", state)
         (D, channels, patch, _), N = state["x_embedder.proj.weight"].shape, state["pos_embed"].shape[1]
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         classes = len(state["y_embedder.embedding_table.weight"]) - 1
@@ -63,7 +66,8 @@ def export(ckpt, folder):
 def load_model(path, heads=None):
     """A model with averaged weights, ready for sampling, and a dict of its ema, config, meta (of its data) and step.
 
-    path: a checkpoint of train_min.py, a folder of --export, or a state dict of DiT's, which is what `heads` is for.
+    path: a checkpoint of train_min.py, a folder of --export, or weights of DiT's, bare or as its train.py keeps them;
+    `heads` is for those.
     """
     if Path(path).is_dir():
         ckpt = exported(Path(path))
@@ -74,9 +78,11 @@ def load_model(path, heads=None):
             ckpt = dit_checkpoint(path, heads)
             if ckpt is None: raise
     kind = Baseline if "attention" in ckpt["config"] else Config
-    model = kind(**ckpt["config"]).build()
     try:
+        model = kind(**ckpt["config"]).build()
         model.load_state_dict(ckpt["ema"])
+    except TypeError as e:  # a field that this version does not know
+        raise ValueError(f"{path}: its config is not one of this version's models: {e}") from e
     except RuntimeError as e:  # a list of names over many lines
         raise ValueError(f"{path}: the weights are not those of its model: {' '.join(str(e).split())[:200]}") from e
     return model.eval(), ckpt

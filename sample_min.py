@@ -177,7 +177,7 @@ def settings_of(model, ckpt, *, cfg, steps, seed, sampler="ddpm", cfg_channels=N
                 attention_dtype=None):
     """What decides the images, but for the labels: a dict for JSON, kept beside them. Defaults depend on the model."""
     digest, latents = hashlib.sha256(), "scaling" in ckpt["meta"]
-    for _, z in sorted(ckpt["ema"].items()): digest.update(z.contiguous().cpu().numpy())
+    for _, z in sorted(ckpt["ema"].items()): digest.update(z.cpu().flatten().view(torch.uint8).numpy())
     return {"model": getattr(model.config, "attention", "dydila"), "weights": digest.hexdigest()[:16],
             "step": ckpt["step"], "data": ckpt["meta"].get("name"), "cfg": cfg,
             "cfg_channels": cfg_channels or (min(3, model.config.in_channels) if latents else None),

@@ -1,5 +1,6 @@
 """The compared models against loops over tokens, the ladder rung by rung, DiT's names and numbers, costs, scripts."""
 
+import argparse
 import ast
 import math
 import re
@@ -34,6 +35,7 @@ from util import assert_close, attend, choose, power, save_vae
 import baselines
 import bench
 import dydilit
+import sample_min
 import train_min
 from baselines import ATTENTIONS, LADDER, MODELS, VARIANTS, Baseline, attention_of, multiply_adds, preset, variant
 from dydilit import PRESETS, Config, Diffusion, DyDiLA, Training, train
@@ -735,6 +737,13 @@ def test_a_dit_file_is_a_model(dit_file):
     assert all(torch.equal(z, state[name]) for name, z in model.state_dict().items()) and not model.training
     with pytest.raises(ValueError, match=r"DiT.pt: a width of 24 is none of DiT's own; --heads must say how many"):
         load_model(path)
+    other = {name: z + 1 for name, z in state.items()}  # as DiT's train.py keeps them
+    torch.save({"model": other, "ema": state, "opt": {}, "args": argparse.Namespace(model="DiT-S/2")}, path)
+    for name, z in load_model(path, heads=3)[0].state_dict().items(): assert torch.equal(z, state[name])
+    torch.save({name: z.bfloat16() for name, z in state.items()}, path)
+    model, ckpt = load_model(path, heads=3)
+    assert all(z.dtype == torch.float32 for z in model.state_dict().values())
+    assert len(sample_min.settings_of(model, ckpt, cfg=1.5, steps=3, seed=0)["weights"]) == 16
     state["final_layer.linear.bias"] = torch.zeros(16)  # without the learned variance
     torch.save(state, path)
     message = r"DiT.pt: the weights are not those of its model: .*final_layer.linear.bias"

@@ -355,6 +355,8 @@ def test_evaluate_refuses_what_is_no_set(tmp_path, real):
                                  ("length", good[0], good[1][:5])):
         with pytest.raises(ValueError, match="not a prepared data set"):
             ev.evaluate(x, y, make_set(tmp_path / name, images, labels, list("0123456789")))
+    latents = make_set(tmp_path / "latents", np.zeros((9, 2, 8, 4, 4), np.float16), good[1], list("0123456789"))
+    with pytest.raises(ValueError, match="these are latents, the metrics are of images"): ev.evaluate(x, y, latents)
     out = make_set(tmp_path / "cut", *good, ["0"])
     for name in ("meta.json", "labels.npy"):
         whole = (out / name).read_bytes()

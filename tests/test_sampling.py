@@ -330,7 +330,8 @@ def test_an_exported_model_is_plain_safetensors_and_json(latents, sample, tmp_pa
     assert about["config"]["hidden_size"] == 16 and about["meta"]["classes"] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("damage", ["no config", "no weights", "not json", "cut short", "lacks a field", "other model"])
+@pytest.mark.parametrize("damage", ["no config", "no weights", "not json", "cut short", "lacks a field", "other model",
+                                    "other field"])
 def test_a_folder_that_is_no_exported_model_is_one_line(latents, sample, tmp_path, damage):
     assert sample(latents, f"--export={tmp_path}")[0] == 0
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
@@ -340,6 +341,7 @@ def test_a_folder_that_is_no_exported_model_is_one_line(latents, sample, tmp_pat
     if damage == "cut short": weights.write_bytes(weights.read_bytes()[:100])
     if damage == "lacks a field": config.write_text("{}")
     if damage == "other model": config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 20'))
+    if damage == "other field": config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_width": 16'))
     code, _ = sample(tmp_path, f"--out={tmp_path}/s.npz")
     assert code.startswith("ValueError: ") and str(tmp_path) in code and "\n" not in code
 
