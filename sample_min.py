@@ -216,6 +216,7 @@ def main():
     args = parser.parse_args()
     if min(args.per_class, args.batch, 1 if args.images is None else args.images) < 1:
         raise ValueError("--per-class, --images and --batch must be at least 1")
+    if args.seed < 0: raise ValueError("--seed must be at least 0")
     if Path(args.out).suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {args.out}")
     if args.labels == "random" and not args.images: raise ValueError("--labels random needs --images")
@@ -237,7 +238,9 @@ def main():
     if Path(args.out).exists() and npz == args.out:
         if settings_in(npz, labels) != settings:
             raise FileExistsError(f"{npz} exists, and not by this command; delete it, or choose another --out")
-        return print(f"{npz}: already there") if rank == 0 else None
+        if rank > 0: return
+        shutil.rmtree(f"{npz}.partial", ignore_errors=True)  # of a run that was killed after its last rename
+        return print(f"{npz}: already there")
     decode = Decoder(model.config, settings["vae"], ckpt["meta"].get("scaling"), device)
     for module in model.modules():
         if isinstance(module, DyDiLA): module.dtype = DTYPES.get(args.attention_dtype)

@@ -230,7 +230,9 @@ def test_a_finished_file_is_not_made_twice_nor_overwritten(latents, sample, tmp_
     assert sample(latents, *FLAGS, f"--out={out}")[0] == 0
     before = out.read_bytes()
     monkeypatch.setattr(sample_min, "generate", None)
+    Path(f"{out}.partial").mkdir()  # as a kill after the last rename leaves it
     assert sample(latents, *FLAGS, f"--out={out}") == (0, f"{out}: already there\n")
+    assert not Path(f"{out}.partial").exists()
     for other in ("--seed=1", "--images=12", "--labels=random", "--classes=1"):
         code, _ = sample(latents, *FLAGS, other, f"--out={out}")
         assert code == f"FileExistsError: {out} exists, and not by this command; delete it, or choose another --out"
