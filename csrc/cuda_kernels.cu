@@ -252,11 +252,11 @@ __device__ __forceinline__ void row_max(float (&x)[K], float* buffer, const Plac
     for (int w = 0; w < at.warps; w++) x[k] = fmaxf(x[k], buffer[(w * TILE + at.g) * K + k]);
 }
 
-// arg max, the lowest index in a tie
+// arg max, the lowest index in a tie; a NaN, if any, is the largest
 __device__ __forceinline__ int choose(const float* logits, int n) {
   int best = 0;
 #pragma unroll 1
-  for (int j = 1; j < n; j++) best = logits[j] > logits[best] ? j : best;
+  for (int j = 1; j < n; j++) best = !(logits[j] <= logits[best]) && logits[best] == logits[best] ? j : best;
   return best;
 }
 

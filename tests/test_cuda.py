@@ -234,6 +234,19 @@ def test_lowest_index_wins_a_tie(backend):
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("router_grad", [True, False])
+def test_a_router_with_nan_is_chosen_as_on_the_cpu(backend, router_grad):
+    ops, device = backend
+    x = random_op_inputs(2, 9, 24, 3, 4, gammas=(1.0, 4.0), **{k: v for k, v in WELL.items() if k != "gammas"})
+    x["kernel_routers"][:, :, 1] = torch.nan
+    x["difference_routers"][:, :, 2:] = torch.nan  # the first of the two
+    want = run(reference(torch.float32, router_grad=False), x, torch.ones_like(x["v"]))  # else its gate is NaN
+    got = run(fused(ops, router_grad=router_grad), x, torch.ones_like(x["v"]), device)
+    assert torch.allclose(got["out"], want["out"], rtol=1e-4, atol=1e-4)
+    for name, chosen in (("gamma", 1), ("lam", 2)): assert got[name].nonzero().flatten().tolist() == [chosen], name
+    assert got["kernel_routers"].isnan().any() == router_grad
+
+
 def outputs(ops, x, cotangent):
     out, *kept = ops.attention_fwd(*x.values(), True, True, 1e-6)
     return [out, *ops.attention_bwd(cotangent, *x.values(), True, True, 1e-6, *kept)]
@@ -421,7 +434,7 @@ def test_routed_projection(dtype, device):
     inputs = {n: z.to(device) for n, z in exact.items()}
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         assert dydilit.grouped_mm_has_a_kernel(inputs["x"].flatten(0, 1)) == (
-            device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (9, 0))
+            device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] == 9)
         out, grads = grads_of(dydilit.routed_projection, inputs, cotangent.to(device, dtype))
     exact = {n: z.double() for n, z in exact.items()}
     truth, true_grads = grads_of(dydilit.routed_projection, exact, cotangent.double())
