@@ -37,6 +37,8 @@ def once(name, command, sources, output=None):
     log = ROOT / "build" / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.log"
     if not log.exists() or (output and not output.exists()):
         log.parent.mkdir(exist_ok=True)
+        if output:  # which will not be what earlier sources made
+            for earlier in log.parent.glob(f"{name}-{'?' * 16}.log"): earlier.unlink()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout[-8000:]
         log.write_text(done.stdout)
