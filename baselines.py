@@ -4,8 +4,8 @@
     torchrun train_min.py --preset ladder-2-measure-S/2 --data data/NAME --out out/NAME
 
 Every attention takes tokens (B, N, D) and a grid (H, W) and returns (B, N, D), as DyDiLA does; those without softmax
-compute in float32, as it does, and share its denominator. The variants are listed at the end (MODELS and LADDER);
-NOTES.md says what was read of each model and what is ours.
+compute in float32, as it does, and all but DiG share its denominator. The variants are listed at the end (MODELS and
+LADDER); NOTES.md says what was read of each model and what is ours.
 """
 
 import math

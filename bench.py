@@ -1,6 +1,6 @@
 """Speed of the attention: the Python path, torch.compile of it, the fused op, and softmax attention of the same width.
 
-    python bench.py                          # this machine's CPU (and GPU, if there is one); a Markdown table
+    python bench.py                          # this machine's GPU if there is one, else its CPU; a Markdown table
     OMP_NUM_THREADS=1 python bench.py        # one thread
     python bench.py --dtype bfloat16 --plot bench.png
     python bench.py --size 8 256 384 9       # B, N, D, n_F = n_D; as often as you like
@@ -8,7 +8,7 @@
     python bench.py --memory                 # what a training step of S/2 keeps; --no-fused for the Python path
     python bench.py --flops                  # multiply-adds of every compared model beside the paper's GFLOPs
 
---step and --memory take every --preset, those of baselines.py too.
+--step and --memory run on the CPU, and take every --preset, those of baselines.py too.
 
 All of them run in one process, in turn, so that whatever else the machine does hits them alike; a cell is the median of
 --repeats calls and, behind it, the fastest. The error is the largest one of output and gradients against float64,

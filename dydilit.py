@@ -595,7 +595,7 @@ class Training:
     ema_decay: float = 0.9999  # of the averaged weights that are sampled from
     grad_clip: float = 0.0  # largest gradient norm; 0 does not clip
     label_dropout: float = 0.1  # share of images that lose their label, for guidance
-    bf16: bool = False  # bfloat16 autocast; kernels, routers and sums stay in float32
+    bf16: bool = False  # bfloat16 autocast; kernels, logits and norms stay in float32
     seed: int = 0  # of weights, order, flips, timesteps, noise and dropped labels
     log_every: int = 100  # steps between lines of log.jsonl
     eval_every: int = 5_000  # steps between losses on the held-out images

@@ -68,7 +68,7 @@ struct FeatureGradients {
   using S = typename Core<T>::type;
   const float *kernel_logits, *difference_logits;  // from the forward
   const S *ddq, *ddk;                              // (rows, D)
-  bool router_grad;                                // else nothing below the next line is touched
+  bool router_grad;                                // else pair and the dlogits are not touched
   T* dz[4];                                        // (rows, D)
   float* dchosen;                                  // (6, rows): dgamma for Q, K, Q', K', dlambda for Q, K
   int* index;                                      // (6, rows): which gamma, which lambda

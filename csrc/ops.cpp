@@ -30,8 +30,8 @@ TORCH_LIBRARY(dydilit, m) {
       "bool normalize, bool router_grad, "  // divide by the guarded denominator; gradients for the routers (backward)
       "float eps) -> ("
       "Tensor out, "                // (B, N, D), q's dtype
-      "Tensor dq, Tensor dk, "      // (B, N, D), wide: Q~ - lambda Q~', K~ - lambda K~'
-      "Tensor attn, "               // wide: Dq Dk^T (B, N, N) if N <= D, else Dk^T V (B, D, D)
+      "Tensor dq, Tensor dk, "      // (B, N, D), wide (on CUDA bfloat16 where q is): Q~ - lambda Q~', K~ - lambda K~'
+      "Tensor attn, "               // as they are: Dq Dk^T (B, N, N) if N <= D, else Dk^T V (B, D, D)
       "Tensor kernel_logits, "      // (4, B, N, n_F), wide
       "Tensor difference_logits, "  // (2, B, N, n_D), wide
       "Tensor k_sum, Tensor den)");  // (B, D + 1): sum Dk_j, sum |Dk_j|; (B, N); both of B = 0 unless normalize

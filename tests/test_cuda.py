@@ -237,7 +237,7 @@ def test_lowest_index_wins_a_tie(backend):
 
 
 @pytest.mark.parametrize("router_grad", [True, False])
-def test_a_router_with_nan_is_chosen_as_on_the_cpu(backend, router_grad):
+def test_a_router_with_nan_takes_the_first_nan(backend, router_grad):
     ops, device = backend
     x = random_op_inputs(2, 9, 24, 3, 4, gammas=(1.0, 4.0), **{k: v for k, v in WELL.items() if k != "gammas"})
     x["kernel_routers"][:, :, 1] = torch.nan
