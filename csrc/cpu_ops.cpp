@@ -452,8 +452,8 @@ Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, con
                        const Tensor& dk, const Tensor& attn, const Tensor& kernel_logits,
                        const Tensor& difference_logits, const Tensor& k_sum, const Tensor& den) {
   const Shape s = check(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers);
-  check_kept(s, normalize, at::toOpMathType(q.scalar_type()), q, dout, dq, dk, attn, kernel_logits, difference_logits, k_sum,
-             den);
+  check_kept(s, normalize, at::toOpMathType(q.scalar_type()), q, dout, dq, dk, attn, kernel_logits, difference_logits,
+             k_sum, den);
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "dydilit::attention_bwd", [&] {
     using T = at::opmath_type<scalar_t>;
     return backward<scalar_t, T>(s, even_rows(dout), even_rows(q), even_rows(k), even_rows(q_prime), even_rows(k_prime),
