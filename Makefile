@@ -1,11 +1,12 @@
-# make train   digits, from nothing to samples (about ten minutes on two cores)
-# make test    every test, on the CPU
+# make train   the digits, from nothing to samples (about ten minutes on two cores)
+# make test    every test, on the CPU; `.venv/bin/python -m pytest` runs the quick ones alone
 # make bench   speed of the attention and of a training step on this machine
-# make ablate  every rung of the ablations on the digits, three seeds: a table and the paper's figures (30 to 40 minutes)
-# make gpu     where there is a GPU: build with CUDA, every CUDA test, the sanitizers, the benchmark; out/gpu-*.md
-#              (make gpu PYTHON=python3 takes that interpreter's torch and no .venv, where nothing can be installed)
+# make ablate  the ablations on the digits, three seeds: tables and figures (30 to 40 minutes)
+# make gpu     on a machine with a GPU: build with CUDA, CUDA tests, sanitizers, benchmark
+#              (PYTHON=python3 takes that interpreter's torch instead of .venv's)
 # make lint    ruff
-# Everything runs in .venv, which `make setup` builds once from requirements.txt.
+# make clean   remove what the others made, except out/, which holds trained models
+# All run in .venv, which `make setup` builds from requirements.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -14,8 +15,8 @@ BIN := .venv/bin
 
 setup: .venv/ready
 
-# .venv/inception is for the tests alone: torch-fidelity would pull in a CUDA torch, and its torchvision, which lacks its
-# operators next to a CPU torch, would break diffusers if it could be imported from .venv itself
+# .venv/inception is for the tests alone. torch-fidelity would pull in a CUDA torch; its torchvision
+# lacks its operators next to a CPU torch and would break diffusers in .venv itself.
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q "$$(grep '^torch==' requirements.txt)"
@@ -23,35 +24,36 @@ setup: .venv/ready
 	$(BIN)/pip install -q --no-deps --target .venv/inception torch-fidelity==0.4.0 torchvision==0.28.0
 	touch $@
 
-# the fused op; without a compiler everything else still runs, on the Python path
+# The fused op. Without a compiler everything else still runs, on the Python path.
 ext: .venv/ext
 
-.venv/ext: .venv/ready setup.py $(wildcard csrc/*)
+.venv/ext: .venv/ready setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh csrc/*/*)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace > .venv/ext.log 2>&1 \
-	  && tail -n 1 .venv/ext.log || echo "the fused op was not built (.venv/ext.log says why): the Python path it is"
+	  && tail -n 1 .venv/ext.log \
+	  || echo "the fused op was not built (see .venv/ext.log): falling back to the Python path"
 	touch $@
 
 train: setup ext
 	$(BIN)/torchrun train_min.py --resume
 
 test: setup ext lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests
 
 bench: setup ext
-	$(BIN)/python bench.py
-	$(BIN)/python bench.py --step
+	$(BIN)/python -m csrc.bench
+	$(BIN)/python -m experiments.costs --step
 
 ablate: setup ext
-	$(BIN)/python ablate.py --steps 400 --ema-decay 0.98 --sampling-steps 25 --eval-every 50
+	$(BIN)/python -m experiments.ablate --steps 400 --ema-decay 0.98 --sampling-steps 25 \
+	  --eval-every 50
 
 GIVEN := $(filter command%,$(origin PYTHON))
 
 gpu: $(if $(GIVEN),,setup)
-	$(if $(GIVEN),$(PYTHON),$(BIN)/python) gpu.py
+	$(if $(GIVEN),$(PYTHON),$(BIN)/python) -m csrc.check_gpu
 
 lint: setup
 	$(BIN)/ruff check .
 
-# all that make has made but out/, which holds trained models
 clean:
 	rm -rf .venv build *.so data/digits/*.npy data/digits/meta.json data/photos/*.npy data/photos/meta.json

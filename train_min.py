@@ -1,12 +1,21 @@
-"""Train DyDi-LiT, then sample from it and say how good the samples are.
+r"""Train DyDi-LiT, sample from it, and say how good the samples are.
 
-    torchrun train_min.py                                        the digits, on whatever this machine has
-    torchrun train_min.py --preset photos                        crops of two photographs: 256 tokens, as the paper has
+For whoever wants a model. It reads: command line -> dydilit.train -> samples. Imports dydilit.py,
+support/ and sample_min.py; Pillow, matplotlib and eval_min.py only at the end of a run.
+
+    torchrun train_min.py                    the digits, on a CPU or a GPU
+    torchrun train_min.py --preset photos    crops of two photographs: 256 tokens, as in the paper
     torchrun --nproc_per_node=8 train_min.py --preset S/2 --data data/NAME --out out/NAME --bf16
-    torchrun train_min.py --preset DiT-digits                    another model of the same size (baselines.py)
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_min.py ...
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+        train_min.py ...                     on each of two machines; both see --data and --out
 
-`python train_min.py` works too. Every field of Config and Training is a flag; its default is the preset's.
+`python train_min.py` works too. Every field of Config and Training is a flag; its default is that
+of the preset. The samples and their figures lie in --out: samples.png, samples.npz, samples.md.
+
+Ctrl-C and SIGTERM end the step and save; --resume goes on exactly there. torchrun waits 30 seconds
+for that; where a step takes longer, start it with --shutdown-timeout=300. With torchrun's
+--max-restarts=3 and --resume a killed process is restarted from the last checkpoint; on several
+machines this needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment.
 """
 
 import argparse
@@ -17,6 +26,7 @@ import runpy
 import shlex
 import sys
 from dataclasses import fields, is_dataclass, replace
+from importlib.util import find_spec
 from inspect import getsource
 from pathlib import Path
 
@@ -24,146 +34,321 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from baselines import VARIANTS, preset
-from dydilit import PRESETS, Training, distributed, train
-from eval_min import report
-from load import Decoder, load_model
-from probe import usage_at_evaluation
-from sample_min import Progress, run, sample_to, save_grid, settings_in, settings_of
+from dydilit import PRESETS, Config, DyDiLiT, Training, distributed, train
+from sample_min import sample_to, settings_in, settings_of
+from support.decoder import Decoder
+from support.pictures import plot_loss, save_grid
+from support.prepared import check_set
+from support.processes import join
+from support.runs import prepare_resume
+from support.terminal import Progress, run
 
-# Goes with the model of the same name in PRESETS and with its variants; one that is not listed takes Training(), the
-# paper's ImageNet-1K run.
+# The runs of the presets of the same name. Others take Training(), the paper's ImageNet-1K run.
 RECIPES = {
-    "digits": Training(data="data/digits", out="out/digits", steps=3000, batch_size=64, lr=2e-3, warmup=50, decay=0.3,
-                       ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=500),
-    "photos": Training(data="data/photos", out="out/photos", steps=2000, batch_size=32, lr=1e-3, warmup=50, decay=0.3,
-                       ema_decay=0.995, log_every=20, eval_every=200, ckpt_every=200),
+    "digits": Training(
+        data="data/digits",
+        out="out/digits",
+        steps=3000,
+        batch_size=64,
+        lr=2e-3,
+        warmup=50,
+        decay=0.3,
+        ema_decay=0.995,
+        log_every=20,
+        eval_every=200,
+        ckpt_every=500,
+    ),
+    "photos": Training(
+        data="data/photos",
+        out="out/photos",
+        steps=2000,
+        batch_size=32,
+        lr=1e-3,
+        warmup=50,
+        decay=0.3,
+        ema_decay=0.995,
+        log_every=20,
+        eval_every=200,
+        ckpt_every=200,
+    ),
 }
-BUNDLED = ("digits", "photos")  # data sets that need no download: prepared when they are missing
+BUNDLED = ("digits", "photos")  # data sets without a download, prepared where they are missing
+
+
+def preset(name: str) -> Config:
+    """The Config of that name. ValueError lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line.
 
 
 def override(config, **values):
-    """config with the given fields replaced; an unknown field is a ValueError that lists the known ones."""
-    known = [f.name for f in fields(config)]
-    if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"unknown field {unknown[0]!r} of {type(config).__name__}; known: {', '.join(known)}")
+    """config with these fields replaced. ValueError for an unknown field lists the known ones."""
+    known = [field.name for field in fields(config)]
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"unknown field {name!r} of {type(config).__name__}; known: {', '.join(known)}"
+            )
     return replace(config, **values)
 
 
+def with_given(config, given):
+    """config with those of its fields replaced that are in the dict `given`."""
+    return replace(config, **{f.name: given[f.name] for f in fields(config) if f.name in given})
+
+
 def help_lines(config_class):
-    """{field: the comment behind it}, so that the command line says what the source says; inherited fields too."""
-    sources = "".join(getsource(c) for c in config_class.__mro__ if is_dataclass(c))
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", sources, re.MULTILINE))
+    """{field: the comment behind it in the source}, inherited fields included."""
+    sources = [getsource(c) for c in config_class.__mro__ if is_dataclass(c)]
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", "".join(sources), re.MULTILINE))
 
 
-def parse(argv):
+def add_fields(group, config):
+    """A flag for every field of a Config or a Training."""
+    texts = help_lines(type(config))
+    for field in fields(config):
+        kind = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            default=None,
+            help=f"{texts[field.name]} (default {getattr(config, field.name)})",
+            **kind,
+        )
+
+
+def defaults_of(name, preset):
+    """Config and Training of a preset, or of a variant: DiT-digits has the recipe of digits."""
+    config = preset(name)
+    training = RECIPES.get(name.rpartition("-")[2], Training())
+    if name not in PRESETS:  # a folder of its own, beside that of the plain preset
+        training = replace(training, out=f"out/{name.replace('/', '-')}")
+    return config, training
+
+
+def parse(argv, preset=preset):
+    """The command line -> Config, Training, and a namespace of all options. ValueError, one line.
+
+    preset(name) -> Config: what --preset may name.
+    """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="digits")
     name = first.parse_known_args(argv)[0].preset
-    config, training = preset(name), RECIPES.get(name.rpartition("-")[2], Training())
-    if name not in PRESETS:  # a variant does not train where the model that it is compared with does
-        training = replace(training, out=f"out/{name.replace('/', '-')}")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--preset", default="digits",
-                        help=f"{', '.join(PRESETS)} (default digits); or one of these behind a variant of baselines.py "
-                             f"and a hyphen, such as DiT-S/2: {', '.join(VARIANTS)}")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
-    for title, part in (("model", config), ("training", training)):
-        group, texts = parser.add_argument_group(f"{title}, {name}"), help_lines(type(part))
-        for field in fields(part):
-            value = getattr(part, field.name)
-            kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-            group.add_argument(f"--{field.name.replace('_', '-')}", default=None, **kind,
-                               help=f"{texts[field.name]} (default {value})")
+    config, training = defaults_of(name, preset)
+
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--preset",
+        default="digits",
+        help=f"{', '.join(PRESETS)} (default digits); `-m experiments.train` takes the models that "
+        "the paper compares as well, such as DiT-S/2",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --out, if there is one"
+    )
+    add_fields(parser.add_argument_group(f"model, {name}"), config)
+    add_fields(parser.add_argument_group(f"training, {name}"), training)
     group = parser.add_argument_group("samples at the end")
-    for name, value, text in (("--samples", 500, "images, all classes equally; 0 for none"),
-                              ("--cfg", 1.5, "guidance scale, 1 is none"),
-                              ("--sampling-steps", 50, "of the ancestral sampler")):
-        group.add_argument(name, type=type(value), default=value, help=f"{text} (default {value})")
-    args = vars(parser.parse_args(argv))
-    given = {k: v for k, v in args.items() if v is not None}
-    training = override(training, **{f.name: given[f.name] for f in fields(Training) if f.name in given})
-    config = override(config, **{f.name: given[f.name] for f in fields(config) if f.name in given})
-    if args["samples"] < 0 or args["samples"] == 1 or not 2 <= args["sampling_steps"] <= 1000:  # not after hours
+    group.add_argument(
+        "--samples",
+        type=int,
+        default=500,
+        help="images, all classes equally; 0 for none (default 500)",
+    )
+    group.add_argument(
+        "--cfg", type=float, default=1.5, help="guidance scale, 1 is none (default 1.5)"
+    )
+    group.add_argument(
+        "--sampling-steps", type=int, default=50, help="of the ancestral sampler (default 50)"
+    )
+    args = parser.parse_args(argv)
+
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    config = with_given(config, given)
+    training = with_given(training, given)
+    if args.samples < 0 or args.samples == 1 or not 2 <= args.sampling_steps <= 1000:
         raise ValueError("--samples must be 0 or at least 2, --sampling-steps between 2 and 1000")
-    return config, training, argparse.Namespace(**args)
+    return config, training, args
+
+
+def again(argv, command="train_min.py"):
+    """The shell command that continues a run, on as many processes and machines as this one has."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    options = []
+    if machines > 1:
+        options += [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
+    if processes > 1:
+        options.append(f"--nproc_per_node={processes}")
+    arguments = [a for a in argv if a != "--resume"]
+    return shlex.join(["torchrun", *options, *command.split(), *arguments, "--resume"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Before training: packages and data.
+
+
+def missing(module):
+    return find_spec(module) is None
+
+
+def is_bundled(training):
+    data = Path(training.data)
+    return data.name in BUNDLED and data == Path("data") / data.name
+
+
+def meta_of(training):
+    """meta.json of the data, {} where it is not there yet."""
+    file = Path(training.data) / "meta.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def check_packages(training, samples):
+    """Packages that a run needs after its training, checked before it.
+
+    ValueError for one that it cannot do without; returns a line for each part that will be left
+    out. `samples` is the number of images that will be made.
+    """
+    meta = meta_of(training)
+    if is_bundled(training) and not meta and (missing("sklearn") or missing("PIL")):
+        raise ValueError(
+            f"to prepare {training.data}: pip install scikit-learn pillow (data/README.md)"
+        )
+    if not samples:
+        return []
+    if missing("PIL"):
+        raise ValueError("samples.png needs Pillow: pip install pillow (or --samples 0)")
+    latents = "scaling" in meta
+    if latents and missing("diffusers"):
+        raise ValueError("decoding samples needs diffusers: pip install diffusers (or --samples 0)")
+    left_out = []
+    if missing("matplotlib"):
+        left_out.append("no matplotlib: loss.png will not be drawn (pip install matplotlib)")
+    if missing("sklearn") and not latents:
+        left_out.append("no scikit-learn: no figures of the samples (pip install scikit-learn)")
+    return left_out
 
 
 def fit_to_data(config, training, given_classes):
-    """Prepare a bundled set if it is missing; take the number of classes from the data unless it was given."""
-    data, meta = Path(training.data), Path(training.data) / "meta.json"
-    bundled = data.name in BUNDLED and data == Path("data") / data.name
-    for rank in ("RANK", "LOCAL_RANK"):  # one process first: the machines may share the folder, or not
-        if bundled and not meta.exists() and os.environ.get(rank, "0") == "0":
-            runpy.run_path(str(Path(__file__).parent / data / "prepare.py"))["prepare"](data)
-        if dist.is_initialized(): dist.barrier()
-    if given_classes is None and meta.exists():
-        config = override(config, num_classes=len(json.loads(meta.read_text())["classes"]))
+    """Prepare a bundled set if it is missing; take the number of classes from the data unless it
+    was given."""
+    prepare = Path(__file__).parent / training.data / "prepare.py"
+    for rank in ("RANK", "LOCAL_RANK"):  # one process first: the machines may share the folder
+        if is_bundled(training) and not meta_of(training) and os.environ.get(rank, "0") == "0":
+            runpy.run_path(str(prepare))["prepare"](Path(training.data))
+        if dist.is_initialized():
+            dist.barrier()
+    if given_classes is None and meta_of(training):
+        config = override(config, num_classes=len(meta_of(training)["classes"]))
     return config
 
 
-def again(argv):
-    """The command that continues a run, on as many processes and machines as this one has."""
-    local, machines = (int(os.environ.get(key, 1)) for key in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
-    options = [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"] if machines > 1 else []
-    if local > 1: options.append(f"--nproc_per_node={local}")
-    return shlex.join(["torchrun", *options, "train_min.py", *(a for a in argv if a != "--resume"), "--resume"])
+# --------------------------------------------------------------------------------------------------
+# Training, sampling, judging.
 
 
-def plot_loss(log_path, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot([x["step"] for x in lines], [x["loss"] for x in lines], label="training", linewidth=1)
-    held = [x for x in lines if "held_out_loss" in x]
-    axes.plot([x["step"] for x in held], [x["held_out_loss"] for x in held], "o-", markersize=3,
-              label="held out, averaged weights")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
-    for part in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        part(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "1235" else "")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def train_and_sample(argv, preset=preset, on_eval=None, command="train_min.py"):
+    """Train, and make the samples: (Training, path of samples.npz or None).
 
-
-def train_and_sample(argv):
-    """Train, and make the samples, as the command line says: (Training, where the samples are; None without any)."""
-    config, training, args = parse(argv)
+    preset: see `parse`. on_eval: see dydilit.train. command: what torchrun starts, for the line
+    that says how to go on after an interruption.
+    """
+    config, training, args = parse(argv, preset)
+    join()
     rank, _, device = distributed()
+    for line in check_packages(training, args.samples):
+        if rank == 0:
+            print(line, file=sys.stderr, flush=True)
     config = fit_to_data(config, training, args.num_classes)
-    bar = Progress("train", training.steps, quiet=rank > 0)
-    step = train(config, training, args.resume, lambda step, loss: bar(f"loss {loss:.4f}", step), usage_at_evaluation)
+    check_set(training.data, config)
+    if args.resume:
+        prepare_resume(config, training)
+
+    progress = Progress("train", training.steps, quiet=rank > 0)
+
+    def on_step(step, loss):
+        progress(f"loss {loss:.4f}", step)
+
+    step = train(config, training, args.resume, on_step, on_eval)
     out = Path(training.out)
     if step < training.steps:
-        said = f"stopped at step {step} of {training.steps}, saved {out}/ckpt.pt; to go on: {again(argv)}"
-        if rank == 0: print(f"\n{said}")
+        if rank == 0:
+            print(
+                f"\nstopped at step {step} of {training.steps}, saved {out}/ckpt.pt; "
+                f"to go on: {again(argv, command)}"
+            )
         sys.exit(130)
     if not args.samples:
         return training, None
-    npz, (model, ckpt) = out / "samples.npz", load_model(out / "ckpt.pt")
+
+    model = DyDiLiT.from_pretrained(out / "ckpt.pt", kinds=(type(config),))
+    npz = out / "samples.npz"
     labels = torch.arange(args.samples) % config.num_classes
-    settings = settings_of(model, ckpt, cfg=args.cfg, steps=args.sampling_steps, seed=training.seed)
-    if settings_in(npz, labels) != settings:  # not made yet, or of other weights
-        decode = Decoder(config, settings["vae"], ckpt["meta"].get("scaling"), device)
+    settings = settings_of(model, cfg=args.cfg, steps=args.sampling_steps, seed=training.seed)
+    if settings_in(npz, labels) != settings:  # not there yet, or samples of other weights
+        decode = Decoder(config, settings["vae"], model.meta.get("scaling"), device)
         sample_to(npz, model, labels, settings, decode)
     if rank == 0:
-        columns = min(config.num_classes, 20)
-        with np.load(npz) as made: save_grid(out / "samples.png", made["arr_0"][: 8 * columns], columns)
-        plot_loss(out / "log.jsonl", out / "loss.png")
-        print(f"wrote {out}/: ckpt.pt log.jsonl loss.png samples.npz samples.png")
+        draw(out, columns=min(config.num_classes, 20))
     return training, npz
 
 
-def main(argv):
-    training, npz = train_and_sample(argv)
+def draw(out, columns):
+    """samples.png, eight rows with a class in each column, and loss.png."""
+    with np.load(out / "samples.npz") as made:
+        images = made["arr_0"][: 8 * columns]
+    save_grid(out / "samples.png", images, columns)
+    if not missing("matplotlib"):
+        plot_loss(out / "log.jsonl", out / "loss.png")
+
+
+def judge(npz, training):
+    """How good the samples are, in a few lines; all figures and settings go into samples.md."""
+    if "scaling" in meta_of(training):
+        return f"How good they are:\n  python eval_min.py {shlex.quote(str(npz))} REFERENCE.npz"
+    if missing("sklearn"):
+        return "No figures of them: scikit-learn is missing."
+    from eval_min import compare, in_short, markdown
+
+    found = compare(npz, training.data)
+    table = npz.with_suffix(".md")
+    table.write_text(f"{markdown(found)}\n")
+    return f"{in_short(found)}\n  all figures and settings: {table}"
+
+
+def next_steps(training, command):
+    """Commands to go on with."""
+    # train_min.py is followed by sample_min.py, -m experiments.train by -m experiments.sample
+    sample = command.replace("train", "sample")
+    ckpt = shlex.quote(f"{training.out}/ckpt.pt")
+    lines = [f"  python {sample} {ckpt} --out samples.gif"]
+    if Path(training.data).name == "digits":
+        lines.append("  torchrun train_min.py --preset photos")
+    return "\n".join([*lines, "  your own images: data/README.md"])
+
+
+def main(argv, preset=preset, on_eval=None, command="train_min.py"):
+    """`train_and_sample`, then what there is to see, how good it is, and how to go on."""
+    training, npz = train_and_sample(argv, preset, on_eval, command)
     if npz is None or distributed()[0] > 0:
         return
-    if "scaling" in json.loads(Path(training.data, "meta.json").read_text()):
-        print(f"how good they are: python eval_min.py {npz} REFERENCE.npz")
-    else: print(report(npz, training.data))
+    others = "ckpt.pt log.jsonl samples.npz"
+    if not missing("matplotlib"):
+        others += " loss.png"
+    print(f"\nSamples, a class in each column:\n  {training.out}/samples.png")
+    print(f"  beside it: {others}\n")
+    print(judge(npz, training))
+    print(f"\nGo on:\n{next_steps(training, command)}")
 
 
 if __name__ == "__main__":

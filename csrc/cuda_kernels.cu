@@ -1,12 +1,15 @@
-// The kernels of cuda_kernels.cuh. Two layouts:
+// The kernels of cuda_kernels.cuh. They use two layouts, which csrc/README.md draws:
 //
-// Tiles (features, features_backward): a block owns 8 tokens of one side (Q and Q', or K and K'), with all columns.
-//   Lane 4 g + t of every warp works on token g; the warp owns GROUPS * 32 columns, the lane those at 8 t .. 8 t + 7 of
-//   each 32. The tensor core wants its operands so: a row goes from memory through registers into the router products
-//   and on into the power. Sums over a row run over 4 lanes, then over the warps through shared memory.
-// Rows (the denominator): a warp owns a row, a lane the columns 8 lane .. 8 lane + 7 of each 256.
+// Tiles (features, features_backward): a block owns 8 tokens of one side (Q and Q', or K and K'),
+//   with all their columns. Lane 4 g + t of every warp works on token g. A warp owns GROUPS groups
+//   of 32 columns; lane t of a token owns columns 8 t .. 8 t + 7 of each group. The tensor core
+//   takes its operands in this layout, so a token goes from memory into registers, and from there
+//   into the router product and into the power. A sum over a token adds 4 lanes, then, in shared
+//   memory, the warps.
+// Rows (the denominator): a warp owns a row; a lane owns columns 8 lane .. 8 lane + 7 of each 256.
 //
-// Sums are taken in an order that depends on the shape alone and no atomic is used: the same bits on every run.
+// The order of every sum depends on the shape alone, and no atomic is used: the same bits on every
+// run.
 #include "cuda_kernels.cuh"
 
 #include "cuda_mma.cuh"
@@ -15,40 +18,43 @@
 namespace dydilit::cuda {
 namespace {
 
-constexpr int TILE = 8;           // tokens of a block, and of a fragment
-constexpr int MAX_THREADS = 384;  // of a tile: up to 168 registers each
+constexpr int TILE = 8;           // tokens of a block, and of a fragment of the tensor core
+constexpr int MAX_THREADS = 384;  // of a block of the tile kernels: up to 168 registers each
 constexpr unsigned ALL = 0xffffffffu;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+            cudaStream_t stream, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0) return;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchKernelEx(&config, kernel, arguments...);  // an error is left for the caller's launch check
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // cuda_ops.cpp checks for errors
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Eight neighbouring elements, from and to memory, as float32. `vector`: they start at a multiple of 16 bytes.
+// -------------------------------------------------------------------------------------------------
+// Reading and writing eight neighbouring elements as float32. `vector`: their address is a multiple
+// of 16.
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ void from_float(float x, float& y) { y = x; }
 __device__ __forceinline__ void from_float(float x, __half& y) { y = __float2half_rn(x); }
-__device__ __forceinline__ void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16& y) {
+  y = __float2bfloat16_rn(x);
+}
 
 template <class T>
 struct alignas(16) Eight {
   T x[8];
 };
 
-// x = row[first .. first + 7], 0 from column D on
+// x = row[first .. first + 7], and 0 for columns >= D
 template <class T>
 __device__ __forceinline__ void load(const T* row, int first, int D, bool vector, float* x) {
   if (vector && first < D) {
@@ -75,8 +81,9 @@ __device__ __forceinline__ void store(T* row, int first, int D, bool vector, con
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Router products. A float32 number is the sum of PARTS bfloat16 numbers, each the rounding of what is left.
+// -------------------------------------------------------------------------------------------------
+// Router products on the tensor core, in bfloat16. A float32 number becomes a sum of PARTS bfloat16
+// numbers: part 0 is its rounding, part 1 the rounding of the remainder, and so on.
 
 template <int PARTS>
 __device__ __forceinline__ void split(float x, __nv_bfloat16 (&part)[PARTS]) {
@@ -91,9 +98,10 @@ __device__ __forceinline__ uint32_t pack(__nv_bfloat16 low, __nv_bfloat16 high) 
   return uint32_t(__bfloat16_as_ushort(low)) | uint32_t(__bfloat16_as_ushort(high)) << 16;
 }
 
-// Four numbers as PARTS pairs of words
+// Splits four numbers: out[i] holds part i of x0, x1 (first word) and of x2, x3 (second word)
 template <int PARTS>
-__device__ __forceinline__ void split4(float x0, float x1, float x2, float x3, uint2 (&out)[PARTS]) {
+__device__ __forceinline__ void split4(float x0, float x1, float x2, float x3,
+                                       uint2 (&out)[PARTS]) {
   __nv_bfloat16 a[PARTS], b[PARTS], c[PARTS], d[PARTS];
   split(x0, a), split(x1, b), split(x2, c), split(x3, d);
 #pragma unroll
@@ -104,7 +112,8 @@ constexpr int groups_per_warp(int D) { return D <= 768 ? 2 : 4; }
 int warps_of(int D) { return int(ceil_div(D, 32 * groups_per_warp(D))); }
 int groups_of(int D) { return warps_of(D) * groups_per_warp(D); }
 
-// Where a router's fragments lie: (router, part, tile of 16 choices, group of 32 columns, half, lane), a uint4 each
+// The order of the routers' fragments in memory: (router, part, tile of 16 choices, group of 32
+// columns, half, lane), one uint4 each
 struct FragmentOrder {
   int tiles, groups, parts;
   __host__ __device__ int64_t part_stride() const { return int64_t(tiles) * groups * 64; }
@@ -113,24 +122,28 @@ struct FragmentOrder {
   }
 };
 
-// One thread per lane of a fragment; g = lane / 4, t = lane % 4.
-// Not transposed: half h is a matrix A = R^T (16 choices x 16 columns), its columns in the order in which the tile
-//   layout holds them: 2t, 2t+1, 2t+8, 2t+9 of the fragment are columns 8t + 4h, .. + 1, .. + 2, .. + 3 of the group.
-// Transposed: half h is two matrices B = R^T (16 choices x 8 columns), i = 2h and 2h + 1. Column g of B becomes column
-//   g of the product, which lane t = g / 2 of each token owns: column 8 (g / 2) + 2i + g % 2 of the group.
-__global__ void split_routers_kernel(const float* routers, int D, int n, FragmentOrder order, bool transposed,
-                                     int64_t count, uint4* fragments) {
+// One thread writes one lane's uint4 of a fragment; g = lane / 4, t = lane % 4.
+// For logits = z R: half h is a matrix A = R^T (16 choices x 16 columns). Its columns are permuted
+//   so that each lane meets its own columns: columns 2t, 2t+1, 2t+8, 2t+9 of A are columns 8t + 4h,
+//   8t + 4h + 1, 8t + 4h + 2, 8t + 4h + 3 of the group.
+// Transposed, for dz += dlogits R^T: half h is two matrices B = R^T (16 choices x 8 columns), with
+//   numbers i = 2h and i = 2h + 1. Column g of B becomes column g of the product C, which lane
+//   g / 2 of each token holds: so it is column 8 (g / 2) + 2i + g % 2 of the group.
+__global__ void split_routers_kernel(const float* routers, int D, int n, FragmentOrder order,
+                                     bool transposed, int64_t count, uint4* fragments) {
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (thread >= count) return;
   const int lane = thread % 32, half = thread / 32 % 2, group = thread / 64 % order.groups;
-  const int tile = thread / 64 / order.groups % order.tiles, router = int(thread / order.part_stride());
+  const int tile = thread / 64 / order.groups % order.tiles,
+            router = int(thread / order.part_stride());
   const int g = lane / 4, t = lane % 4;
   float x[8];
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     const int word = e / 2, low = e % 2;
     const int choice = 16 * tile + 8 * (word % 2) + (transposed ? 2 * t + low : g);
-    const int column = 32 * group + 4 * half + 2 * (word / 2) + (transposed ? 8 * (g / 2) + g % 2 : 8 * t + low);
+    const int column =
+        32 * group + 4 * half + 2 * (word / 2) + (transposed ? 8 * (g / 2) + g % 2 : 8 * t + low);
     x[e] = choice < n && column < D ? routers[(int64_t(router) * D + column) * n + choice] : 0.0f;
   }
   for (int part = 0; part < order.parts; part++) {
@@ -147,11 +160,12 @@ __global__ void split_routers_kernel(const float* routers, int D, int n, Fragmen
   }
 }
 
-// logits (16 choices x 8 tokens, one fragment C) += R^T x over the columns of this warp; products of parts i, j with
-// i + j < P are taken, the others are below the rounding. `fragment`: part 0 of this tile, group and lane.
+// logits += R^T x over the columns of this warp (Eqs. 6 and 7): 16 choices x 8 tokens, one fragment
+// C. Part i of R meets part j of x if i + j < P; the other products are below the rounding.
+// `fragment` is part 0 of this tile, group and lane.
 template <int P, int X_PARTS, int COLUMNS>
-__device__ __forceinline__ void add_logits(float (&logits)[4], const uint4* fragment, int64_t part_stride,
-                                           const float (&x)[COLUMNS]) {
+__device__ __forceinline__ void add_logits(float (&logits)[4], const uint4* fragment,
+                                           int64_t part_stride, const float (&x)[COLUMNS]) {
 #pragma unroll
   for (int group = 0; group < COLUMNS / 8; group++)
 #pragma unroll
@@ -168,12 +182,13 @@ __device__ __forceinline__ void add_logits(float (&logits)[4], const uint4* frag
     }
 }
 
-// dx (8 tokens x this warp's columns) += dlogits R^T. Of the 16 rows of matrix A, 0 .. 7 hold the first part of
-// dlogits, 8 .. 15 the second; C[g] + C[g + 8] is then the product with both. dlogits: of this lane's token, 0 from n
-// to padded(n).
+// dx += dlogits R^T: 8 tokens x the columns of this warp. Rows 0 .. 7 of matrix A are the first
+// part of the 8 tokens' dlogits, rows 8 .. 15 the second part; C[g] + C[g + 8] is the product with
+// both. dlogits (padded(n)) are those of this lane's token, 0 from n on.
 template <int P, int COLUMNS>
 __device__ __forceinline__ void add_dlogits(float (&dx)[COLUMNS], const uint4* fragment,
-                                            const FragmentOrder& order, const float* dlogits, int t) {
+                                            const FragmentOrder& order, const float* dlogits,
+                                            int t) {
 #pragma unroll 1
   for (int tile = 0; tile < order.tiles; tile++, fragment += order.groups * 64, dlogits += 16) {
     uint2 part[P];
@@ -190,36 +205,43 @@ __device__ __forceinline__ void add_dlogits(float (&dx)[COLUMNS], const uint4* f
           const uint4 b = fragment[i * order.part_stride() + 64 * group + 32 * half];
           mma(c0, a, make_uint2(b.x, b.y));
           mma(c1, a, make_uint2(b.z, b.w));
-          if (P == 3 && i == 0) {  // the third part meets the first alone
+          if (P == 3 && i == 0) {  // the third part of dlogits meets the first part of R only
             const uint4 last = make_uint4(part[P - 1].x, 0, part[P - 1].y, 0);
             mma(c0, last, make_uint2(b.x, b.y));
             mma(c1, last, make_uint2(b.z, b.w));
           }
         }
-        four[0] = c0[0] + c0[2], four[1] = c0[1] + c0[3], four[2] = c1[0] + c1[2], four[3] = c1[1] + c1[3];
+        four[0] = c0[0] + c0[2], four[1] = c0[1] + c0[3], four[2] = c1[0] + c1[2],
+        four[3] = c1[1] + c1[3];
       }
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Tiles.
 
-// Where a thread stands in its tile
+// The place of a thread in its tile: token g, columns column(group) .. column(group) + 7
 template <int GROUPS>
 struct Place {
   int warp, warps, lane, g, t;
   __device__ Place()
-      : warp(threadIdx.x / 32), warps(blockDim.x / 32), lane(threadIdx.x % 32), g(lane / 4), t(lane % 4) {}
+      : warp(threadIdx.x / 32),
+        warps(blockDim.x / 32),
+        lane(threadIdx.x % 32),
+        g(lane / 4),
+        t(lane % 4) {}
   __device__ int column(int group) const { return 32 * (warp * GROUPS + group) + 8 * t; }
 };
 
-// One of Q, K, Q', K' (an index that is known at run time only would move the array into memory)
+// four[side + 2 prime], one of Q, K, Q', K'. Indexed at run time the array would move from
+// registers into memory.
 template <class X>
 __device__ __forceinline__ X of(const X (&four)[4], int side, int prime) {
   return prime ? (side ? four[3] : four[2]) : (side ? four[1] : four[0]);
 }
 
-// x = its sum over the row, in every thread of the token. buffer: (warps, 8, K), free again after two more barriers
+// x = the sum of x over the threads of the same token, in each of them. buffer (warps, 8, K) may be
+// used again after two more barriers.
 template <int K, int GROUPS>
 __device__ __forceinline__ void row_sum(float (&x)[K], float* buffer, const Place<GROUPS>& at) {
 #pragma unroll
@@ -252,39 +274,48 @@ __device__ __forceinline__ void row_max(float (&x)[K], float* buffer, const Plac
     for (int w = 0; w < at.warps; w++) x[k] = fmaxf(x[k], buffer[(w * TILE + at.g) * K + k]);
 }
 
-// arg max, the lowest index in a tie; a NaN, if any, is the largest
+// arg max of the logits (Eqs. 6 and 7): the lowest index in a tie, the first NaN if there is one
 __device__ __forceinline__ int choose(const float* logits, int n) {
   int best = 0;
 #pragma unroll 1
-  for (int j = 1; j < n; j++) best = !(logits[j] <= logits[best]) && logits[best] == logits[best] ? j : best;
+  for (int j = 1; j < n; j++)
+    best = !(logits[j] <= logits[best]) && logits[best] == logits[best] ? j : best;
   return best;
 }
 
-// Shared memory of a tile, in floats: two buffers of row sums, the logits of the three routers that a token meets, a
-// row each (one more than padded: the 8 tokens then lie in different banks), and the logits of each warp's columns
+// Offsets into the shared memory of a block, in floats: buffers for sums and maxima over a token,
+// the logits of the three routers that a token meets, and the partial logits of each warp. A
+// token's logits take padded(n) + 1 floats, so that the 8 tokens lie in different banks.
 struct Shared {
   int warps, stride_F, stride_D;
   __host__ __device__ Shared(int warps, int n_F, int n_D)
       : warps(warps), stride_F(padded(n_F) + 1), stride_D(padded(n_D) + 1) {}
-  __host__ __device__ int sums() const { return 0; }                              // (warps, 8, 4)
-  __host__ __device__ int sums2() const { return warps * TILE * 4; }              // (warps, 8, 2)
-  __host__ __device__ int maxima() const { return warps * TILE * 6; }             // (warps, 8, 2)
-  __host__ __device__ int kernel(int prime) const { return warps * TILE * 8 + prime * TILE * stride_F; }
+  __host__ __device__ int sums() const { return 0; }                   // (warps, 8, 4)
+  __host__ __device__ int sums2() const { return warps * TILE * 4; }   // (warps, 8, 2)
+  __host__ __device__ int maxima() const { return warps * TILE * 6; }  // (warps, 8, 2)
+  __host__ __device__ int kernel(int prime) const {
+    return warps * TILE * 8 + prime * TILE * stride_F;
+  }
   __host__ __device__ int difference() const { return kernel(2); }
-  __host__ __device__ int partial() const { return difference() + TILE * stride_D; }  // (2, warps, 16, 8): forward only
+  __host__ __device__ int partial() const {
+    return difference() + TILE * stride_D;
+  }  // (2, warps, 16, 8): forward only
 };
 
-// What a warp found for 16 choices x 8 tokens, to `partial` (warps, 16, 8)
+// partial (warps, 16, 8) [this warp] = logits: 16 choices x 8 tokens, over the warp's columns
 template <int GROUPS>
-__device__ __forceinline__ void put_partial(const float (&logits)[4], float* partial, const Place<GROUPS>& at) {
+__device__ __forceinline__ void put_partial(const float (&logits)[4], float* partial,
+                                            const Place<GROUPS>& at) {
   float* mine = partial + (at.warp * 16 + at.g) * TILE + 2 * at.t;
   mine[0] = logits[0], mine[1] = logits[1];
   mine[8 * TILE] = logits[2], mine[8 * TILE + 1] = logits[3];
 }
 
-// ... and its sum over the warps: to `list` (8, stride) and to out (rows, n), from row `first` on
-__device__ __forceinline__ void sum_partial(const float* partial, int warps, int tile, int n, float* list, int stride,
-                                            int64_t first, int64_t rows, float* out) {
+// The sum of `partial` over the warps, into list (8, stride), and into out (rows, n) from row
+// `first`
+__device__ __forceinline__ void sum_partial(const float* partial, int warps, int tile, int n,
+                                            float* list, int stride, int64_t first, int64_t rows,
+                                            float* out) {
   for (int e = threadIdx.x; e < 16 * TILE; e += blockDim.x) {
     const int choice = 16 * tile + e / TILE, token = e % TILE;
     float sum = 0;
@@ -295,20 +326,22 @@ __device__ __forceinline__ void sum_partial(const float* partial, int warps, int
   }
 }
 
-// Grid (ceil(rows / 8), 2): blockIdx.y = 0 for Q and Q', 1 for K and K'. Block: 32 threads for every 64 (or 128)
-// columns. Each row is read once; nothing is recomputed or accumulated in memory. Shared memory: Shared, at most 40 KB.
+// Eqs. 5 to 8. Grid (ceil(rows / 8), 2): blockIdx.y = 0 for Q and Q', 1 for K and K'. Block: 32
+// threads for every 64 (GROUPS = 2) or 128 (GROUPS = 4) columns. Each token is read once, and
+// nothing is computed twice. Shared memory: Shared, at most 40 KB.
 template <class T, int GROUPS>
-__global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, float* kernel_logits,
-                                                               float* difference_logits, typename Core<T>::type* dq,
-                                                               typename Core<T>::type* dk) {
+__global__ void __launch_bounds__(MAX_THREADS)
+    features_kernel(Features<T> in, float* kernel_logits, float* difference_logits,
+                    typename Core<T>::type* dq, typename Core<T>::type* dk) {
   constexpr int P = parts<T>;
   extern __shared__ float shared[];
   const Place<GROUPS> at;
   const Shared memory(at.warps, in.n_F, in.n_D);
   const int side = blockIdx.y, D = in.D;
   const int64_t first = int64_t(blockIdx.x) * TILE, row = first + at.g;
-  const int width = row < in.rows ? D : 0;  // a token beyond the last is a row of zeros
-  const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P}, of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
+  const int width = row < in.rows ? D : 0;  // tokens beyond the last are rows of zeros
+  const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P},
+      of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
 
   float z[2][8 * GROUPS];  // z and z', later t and t', p and p', z~ and z~'
 #pragma unroll
@@ -316,7 +349,8 @@ __global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, f
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
       const Tokens<T> tokens = of(in.z, side, prime);
-      load(tokens.data + (width ? row : 0) * tokens.ld, at.column(group), width, in.vector, z[prime] + 8 * group);
+      load(tokens.data + (width ? row : 0) * tokens.ld, at.column(group), width, in.vector,
+           z[prime] + 8 * group);
     }
 
   for (int tile = 0; tile < of_F.tiles; tile++) {  // logits = z R_F, z' R_F' (Eq. 6)
@@ -324,7 +358,8 @@ __global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, f
     for (int prime = 0; prime < 2; prime++) {
       float logits[4] = {0, 0, 0, 0};
       const int64_t fragment = of_F.at(side + 2 * prime, tile, at.warp * GROUPS, at.lane);
-      add_logits<P, token_parts<T>>(logits, in.kernel_routers + fragment, of_F.part_stride(), z[prime]);
+      add_logits<P, token_parts<T>>(logits, in.kernel_routers + fragment, of_F.part_stride(),
+                                    z[prime]);
       put_partial(logits, shared + memory.partial() + prime * at.warps * 16 * TILE, at);
     }
     __syncthreads();
@@ -335,7 +370,7 @@ __global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, f
     __syncthreads();
   }
 
-  float m[2] = {0, 0}, sums[4] = {0, 0, 0, 0};  // m = max r; tt, pp, tt', pp'
+  float m[2] = {0, 0}, sums[4] = {0, 0, 0, 0};  // m = max r; |t|^2, |p|^2, |t'|^2, |p'|^2
 #pragma unroll
   for (int prime = 0; prime < 2; prime++)
 #pragma unroll
@@ -343,12 +378,13 @@ __global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, f
   row_max(m, shared + memory.maxima(), at);
 #pragma unroll
   for (int prime = 0; prime < 2; prime++) {
-    const float gamma = in.gamma[choose(shared + memory.kernel(prime) + at.g * memory.stride_F, in.n_F)];
+    const float gamma =  // of the arg max (Eq. 6)
+        in.gamma[choose(shared + memory.kernel(prime) + at.g * memory.stride_F, in.n_F)];
     const float inv_m = reciprocal(m[prime]);
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
       const float t = relu(z[prime][i]) * inv_m;            // t = r / m
-      z[prime][i] = t * power_less_one(log2_of(t), gamma);  // p = t^gamma
+      z[prime][i] = t * power_less_one(log2_of(t), gamma);  // p = t^gamma (Eq. 5)
       sums[2 * prime] += t * t;
       sums[2 * prime + 1] += z[prime][i] * z[prime][i];
     }
@@ -356,7 +392,8 @@ __global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, f
   row_sum(sums, shared + memory.sums(), at);
 #pragma unroll
   for (int prime = 0; prime < 2; prime++) {
-    const float scale = PhiRow<float>{m[prime], sqrtf(sums[2 * prime]), sqrtf(sums[2 * prime + 1])}.scale();
+    const float scale =
+        PhiRow<float>{m[prime], sqrtf(sums[2 * prime]), sqrtf(sums[2 * prime + 1])}.scale();
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) z[prime][i] *= scale;  // z~ = (m s / n) p (Eq. 5)
   }
@@ -370,23 +407,27 @@ __global__ void __launch_bounds__(MAX_THREADS) features_kernel(Features<T> in, f
     }
     put_partial(logits, shared + memory.partial(), at);
     __syncthreads();
-    sum_partial(shared + memory.partial(), at.warps, tile, in.n_D, shared + memory.difference(), memory.stride_D, first,
-                in.rows, difference_logits + side * in.rows * in.n_D);
+    sum_partial(shared + memory.partial(), at.warps, tile, in.n_D, shared + memory.difference(),
+                memory.stride_D, first, in.rows, difference_logits + side * in.rows * in.n_D);
     __syncthreads();
   }
 
+  // lambda = that of the arg max (Eq. 7); d = z~ - lambda z~' (Eq. 8)
   const float lam = in.lam[choose(shared + memory.difference() + at.g * memory.stride_D, in.n_D)];
 #pragma unroll
-  for (int i = 0; i < 8 * GROUPS; i++) z[0][i] -= lam * z[1][i];  // d = z~ - lambda z~' (Eq. 8)
+  for (int i = 0; i < 8 * GROUPS; i++) z[0][i] -= lam * z[1][i];
 #pragma unroll
   for (int group = 0; group < GROUPS; group++)
-    store((side ? dk : dq) + (width ? row : 0) * D, at.column(group), width, in.vector, z[0] + 8 * group);
+    store((side ? dk : dq) + (width ? row : 0) * D, at.column(group), width, in.vector,
+          z[0] + 8 * group);
 }
 
-// The gate's backward for the 8 tokens of a tile, by one warp: logits -> dlogits in `list` (this lane's token), and, as
-// dlogit_parts numbers each, to out (this lane's token, or null). See dlogit in phi.h.
+// The backward of the gate (phi.h), by one warp for the 8 tokens of a tile. `list` and `out` are
+// those of this lane's token: the logits in `list` become dlogits; `out`, if not null, receives
+// them as dlogit_parts numbers each.
 template <class S>
-__device__ __forceinline__ void gate_backward(float* list, int n, int best, float dgate, S* out, int t) {
+__device__ __forceinline__ void gate_backward(float* list, int n, int best, float dgate, S* out,
+                                              int t) {
   const int columns = padded(n);
   const float max = list[best];
   float sum = 0;
@@ -394,7 +435,7 @@ __device__ __forceinline__ void gate_backward(float* list, int n, int best, floa
   for (int j = t; j < n; j += 4) sum += softmax_numerator(list[j], max);
   sum += __shfl_xor_sync(ALL, sum, 1);
   sum += __shfl_xor_sync(ALL, sum, 2);
-  __syncwarp();  // every lane has read list[best]
+  __syncwarp();  // every lane has read the logits; now they may be overwritten
 #pragma unroll 1
   for (int j = t; j < columns; j += 4) {
     float d = j < n ? dlogit(dgate, j == best, softmax_numerator(list[j], max) / sum) : 0.0f;
@@ -408,11 +449,14 @@ __device__ __forceinline__ void gate_backward(float* list, int n, int best, floa
   }
 }
 
-// Grid and block as in features_kernel. z and z' are read again and their powers recomputed: first those of z', because
-// the difference router's gradient, which z needs too, depends on them; dDq (dDk) is read for both. Every output
-// element is written once by its owner. Shared memory: Shared without `partial`, at most 28 KB.
+// The backward of Eqs. 8 to 5. Grid and block as in features_kernel. The tokens are read again and
+// their powers computed again, first those of z': dlambda, and with it the gradient of the
+// difference router, which both z and z' need, depends on z~'. dDq (dDk) is read for both. Every
+// element of a result is written once, by its owner. Shared memory: Shared without `partial`, at
+// most 28 KB.
 template <class T, int GROUPS>
-__global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features<T> in, FeatureGradients<T> grad) {
+__global__ void __launch_bounds__(MAX_THREADS)
+    features_backward_kernel(Features<T> in, FeatureGradients<T> grad) {
   using S = typename Core<T>::type;
   constexpr int P = parts<T>;
   extern __shared__ float shared[];
@@ -421,11 +465,12 @@ __global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features
   const int side = blockIdx.y, D = in.D;
   const int64_t first = int64_t(blockIdx.x) * TILE, row = first + at.g, rows = in.rows;
   const int width = row < rows ? D : 0;
-  const int64_t safe_row = width ? row : 0;  // an address that exists
-  const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P}, of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
+  const int64_t safe_row = width ? row : 0;  // so that all addresses exist
+  const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P},
+      of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
 
 #pragma unroll 1
-  for (int router = 0; router < 3; router++) {  // the three logits of the tile's tokens: rows that follow each other
+  for (int router = 0; router < 3; router++) {  // the logits of the tile's tokens, from the forward
     const int n = router < 2 ? in.n_F : in.n_D;
     const float* from = router < 2 ? grad.kernel_logits + (side + 2 * router) * rows * n
                                    : grad.difference_logits + side * rows * n;
@@ -440,19 +485,20 @@ __global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features
   const int best_D = choose(of_difference, in.n_D);
   const float lam = in.lam[best_D];
 
-#pragma unroll  // rolled up, it keeps addresses for the next round in registers, and spills
+#pragma unroll  // as a loop it would keep the addresses of its next round in registers, and spill
   for (int prime = 1; prime >= 0; prime--) {
     const int router = side + 2 * prime;
     float* of_kernel = shared + memory.kernel(prime) + at.g * memory.stride_F;
     const int best_F = choose(of_kernel, in.n_F);
     const float gamma = in.gamma[best_F];
     const Tokens<T> tokens = of(in.z, side, prime);
-    float t[8 * GROUPS], u[8 * GROUPS], l[8 * GROUPS], g[8 * GROUPS];  // g = dz~ = G of phi.h, later dz
-    float m[1] = {0}, sums[4] = {0, 0, 0, 0};                       // tt, pp, h = <p, p l>, <dd, p>
+    float t[8 * GROUPS], u[8 * GROUPS], l[8 * GROUPS], g[8 * GROUPS];  // g = dd, then dz~, then dz
+    float m[1] = {0}, sums[4] = {0, 0, 0, 0};  // |t|^2, |p|^2, h = <p, p l>, <dd, p>
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
       load(tokens.data + safe_row * tokens.ld, at.column(group), width, in.vector, t + 8 * group);
-      load((side ? grad.ddk : grad.ddq) + safe_row * D, at.column(group), width, in.vector, g + 8 * group);
+      load((side ? grad.ddk : grad.ddq) + safe_row * D, at.column(group), width, in.vector,
+           g + 8 * group);
     }
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) m[0] = fmaxf(m[0], t[i]);
@@ -460,10 +506,10 @@ __global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features
     const float inv_m = reciprocal(m[0]);
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
-      t[i] = relu(t[i]) * inv_m;
-      l[i] = log2_of(t[i]);
-      u[i] = power_less_one(l[i], gamma);
-      const float p = t[i] * u[i];  // p = t^gamma
+      t[i] = relu(t[i]) * inv_m;           // t = r / m
+      l[i] = log2_of(t[i]);                // l = log2 t
+      u[i] = power_less_one(l[i], gamma);  // u = t^(gamma - 1)
+      const float p = t[i] * u[i];         // p = t^gamma
       sums[0] += t[i] * t[i];
       sums[1] += p * p;
       sums[2] += p * (p * l[i]);
@@ -473,12 +519,14 @@ __global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features
     const PhiRow<float> stats{m[0], sqrtf(sums[0]), sqrtf(sums[1])};
 
     if (prime) {
-      const float dlam = -stats.scale() * sums[3];  // dlambda = -<dd, z~'>
+      const float dlam = -stats.scale() * sums[3];  // dlambda = -<dd, z~'> (Eq. 8)
       if (at.warp == 0) {
         if (grad.router_grad)
           gate_backward(of_difference, in.n_D, best_D, dlam * lam,
-                        width ? grad.difference_dlogits + (side * rows + row) * dlogit_parts<S> * padded(in.n_D)
-                              : nullptr, at.t);
+                        width ? grad.difference_dlogits +
+                                    (side * rows + row) * dlogit_parts<S> * padded(in.n_D)
+                              : nullptr,
+                        at.t);
         if (at.t == 0 && width) {
           grad.dchosen[(4 + side) * rows + row] = dlam;
           grad.index[(4 + side) * rows + row] = best_D;
@@ -498,10 +546,12 @@ __global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features
     }
     float ab[2] = {0, 0};  // a = <G, p>, b = <G, p l>
 #pragma unroll
-    for (int i = 0; i < 8 * GROUPS; i++) g[i] *= prime ? -lam : 1.0f;  // dz~ = dd, dz~' = -lambda dd
-    if (grad.router_grad)                                              // ... += dlogits R_D^T
-      add_dlogits<P>(g, in.difference_routers + of_D.at(2 * side + prime, 0, at.warp * GROUPS, at.lane), of_D,
-                     of_difference, at.t);
+    for (int i = 0; i < 8 * GROUPS; i++)
+      g[i] *= prime ? -lam : 1.0f;  // dz~ = dd, dz~' = -lambda dd
+    if (grad.router_grad)           // += dlogits R_D^T (Eq. 7)
+      add_dlogits<P>(
+          g, in.difference_routers + of_D.at(2 * side + prime, 0, at.warp * GROUPS, at.lane), of_D,
+          of_difference, at.t);
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
       const float gp = g[i] * (t[i] * u[i]);
@@ -511,33 +561,38 @@ __global__ void __launch_bounds__(MAX_THREADS) features_backward_kernel(Features
     row_sum(ab, shared + memory.sums2(), at);
     const PhiRowBackward<float> back(stats, gamma, ab[0], ab[1], sums[2]);
 #pragma unroll
-    for (int i = 0; i < 8 * GROUPS; i++) g[i] = back.dz(g[i], t[i], u[i]);
+    for (int i = 0; i < 8 * GROUPS; i++) g[i] = back.dz(g[i], t[i], u[i]);  // dz~ -> dz (Eq. 5)
 
     if (at.warp == 0) {
       if (grad.router_grad)
-        gate_backward(of_kernel, in.n_F, best_F, back.dgamma * gamma,
-                      width ? grad.kernel_dlogits + (router * rows + row) * dlogit_parts<S> * padded(in.n_F) : nullptr,
-                      at.t);
+        gate_backward(
+            of_kernel, in.n_F, best_F, back.dgamma * gamma,
+            width ? grad.kernel_dlogits + (router * rows + row) * dlogit_parts<S> * padded(in.n_F)
+                  : nullptr,
+            at.t);
       if (at.t == 0 && width) {
         grad.dchosen[router * rows + row] = back.dgamma;
         grad.index[router * rows + row] = best_F;
       }
     }
     __syncthreads();
-    if (grad.router_grad)  // dz += dlogits R_F^T
-      add_dlogits<P>(g, in.kernel_routers + of_F.at(router, 0, at.warp * GROUPS, at.lane), of_F, of_kernel, at.t);
+    if (grad.router_grad)  // dz += dlogits R_F^T (Eq. 6)
+      add_dlogits<P>(g, in.kernel_routers + of_F.at(router, 0, at.warp * GROUPS, at.lane), of_F,
+                     of_kernel, at.t);
 #pragma unroll
     for (int group = 0; group < GROUPS; group++)
-      store(of(grad.dz, side, prime) + safe_row * D, at.column(group), width, in.vector, g + 8 * group);
+      store(of(grad.dz, side, prime) + safe_row * D, at.column(group), width, in.vector,
+            g + 8 * group);
   }
 }
 
-// Grid (BIN_BLOCKS), block 256. Warp w of all walks every so manieth 32 elements; lane j keeps the sums of choices
-// j, j + 32, ... and meets the elements in their order. partial (BIN_BLOCKS * 8, n).
+// Grid (BIN_BLOCKS), block 256. A warp takes every (BIN_BLOCKS * WARPS)-th group of 32 elements;
+// lane j keeps the sums of choices j, j + 32, ... and adds the elements in their order. partial
+// (BIN_BLOCKS * WARPS, n).
 constexpr int BIN_BLOCKS = 64, WARPS = 8, BINS_PER_LANE = MAX_CHOICES / 32;
 
-__global__ void __launch_bounds__(32 * WARPS) bin_sums_kernel(int64_t count, int n, const int* index,
-                                                              const float* values, float* partial) {
+__global__ void __launch_bounds__(32 * WARPS)
+    bin_sums_kernel(int64_t count, int n, const int* index, const float* values, float* partial) {
   const int lane = threadIdx.x % 32;
   const int64_t warp = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
   float sums[BINS_PER_LANE] = {};
@@ -558,8 +613,8 @@ __global__ void __launch_bounds__(32 * WARPS) bin_sums_kernel(int64_t count, int
     if (32 * k + lane < n) partial[warp * n + 32 * k + lane] = sums[k];
 }
 
-// sums (B, width) = the sum over `splits` of partial (B, splits, width). Grid (B, ceil(width / 256)), one thread a
-// column
+// sums (B, width) = the sum of partial (B, splits, width) over splits, in order. Grid (B,
+// ceil(width / 256)); a thread owns a column.
 __global__ void sum_partials_kernel(int splits, int width, const float* partial, float* sums) {
   const int j = blockIdx.y * blockDim.x + threadIdx.x;
   if (j >= width) return;
@@ -569,8 +624,9 @@ __global__ void sum_partials_kernel(int splits, int width, const float* partial,
   sums[int64_t(blockIdx.x) * width + j] = sum;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Rows. Grid (ceil(rows / 8)), block 256 = 8 warps, a row each; CHUNKS * 256 columns at most.
+// -------------------------------------------------------------------------------------------------
+// Rows. Grid (ceil(rows / 8)), block 256: each of the 8 warps owns a row of at most CHUNKS * 256
+// columns.
 
 template <int K>
 __device__ __forceinline__ void warp_sum(float (&x)[K]) {
@@ -583,13 +639,15 @@ __device__ __forceinline__ void warp_sum(float (&x)[K]) {
 template <class T, int COLUMNS>
 __device__ __forceinline__ void load_row(const T* row, int D, bool vector, float (&x)[COLUMNS]) {
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 8; i++) load(row, 8 * int(threadIdx.x % 32) + 256 * i, D, vector, x + 8 * i);
+  for (int i = 0; i < COLUMNS / 8; i++)
+    load(row, 8 * int(threadIdx.x % 32) + 256 * i, D, vector, x + 8 * i);
 }
 
 template <class T, int COLUMNS>
 __device__ __forceinline__ void store_row(T* row, int D, bool vector, const float (&x)[COLUMNS]) {
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 8; i++) store(row, 8 * int(threadIdx.x % 32) + 256 * i, D, vector, x + 8 * i);
+  for (int i = 0; i < COLUMNS / 8; i++)
+    store(row, 8 * int(threadIdx.x % 32) + 256 * i, D, vector, x + 8 * i);
 }
 
 template <int COLUMNS>
@@ -601,16 +659,17 @@ __device__ __forceinline__ float dot(const float (&x)[COLUMNS], const float (&y)
 }
 
 template <int COLUMNS>
-__device__ __forceinline__ void add_scaled(float scale, const float (&x)[COLUMNS], float (&y)[COLUMNS]) {
+__device__ __forceinline__ void add_scaled(float scale, const float (&x)[COLUMNS],
+                                           float (&y)[COLUMNS]) {
 #pragma unroll
   for (int i = 0; i < COLUMNS; i++) y[i] += scale * x[i];
 }
 
-// What the 8 warps of a block found, columns and one more number, added up in their order; to out (D + 1).
-// total: shared, D + 1 floats
+// out (D + 1) = the sum of `columns`, and of `last`, over the 8 warps of a block, in their order.
+// total: D + 1 floats of shared memory
 template <int COLUMNS>
-__device__ __forceinline__ void block_total(const float (&columns)[COLUMNS], float last, int D, float* total,
-                                            float* out) {
+__device__ __forceinline__ void block_total(const float (&columns)[COLUMNS], float last, int D,
+                                            float* total, float* out) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int w = 0; w < WARPS; w++) {
     if (warp == w) {
@@ -626,10 +685,12 @@ __device__ __forceinline__ void block_total(const float (&columns)[COLUMNS], flo
   for (int j = threadIdx.x; j <= D; j += blockDim.x) out[j] = total[j];
 }
 
-// Grid (B, ceil(N / SPLIT)): a block owns SPLIT rows of one image, warp w of it rows w, w + 8, ...; shared D + 1
-// floats. partial (B, splits, D + 1) = their sum, followed by the sum of their norms
+// partial (B, splits, D + 1) = the sum of SPLIT rows of Dk and, as its last element, the sum of
+// their norms. Grid (B, splits), splits = ceil(N / SPLIT): a block owns SPLIT rows of one image,
+// warp w of it rows w, w + 8, ... Shared memory: D + 1 floats.
 template <class S, int CHUNKS>
-__global__ void __launch_bounds__(32 * WARPS, 2) sum_keys_kernel(int N, int D, const S* dk, float* partial) {
+__global__ void __launch_bounds__(32 * WARPS, 2)
+    sum_keys_kernel(int N, int D, const S* dk, float* partial) {
   extern __shared__ float shared[];
   const int64_t image = blockIdx.x;
   const int split = blockIdx.y, splits = gridDim.y, end = min(N, (split + 1) * SPLIT);
@@ -646,10 +707,10 @@ __global__ void __launch_bounds__(32 * WARPS, 2) sum_keys_kernel(int N, int D, c
   block_total(columns, norms, D, shared, partial + (image * splits + split) * (D + 1));
 }
 
-// In place: ddk += c + c_norm Dk / |Dk|
+// ddk += c + c_norm Dk / |Dk|, in place; c (B, D + 1) ends with c_norm
 template <class S, int CHUNKS>
-__global__ void __launch_bounds__(32 * WARPS) sum_keys_backward_kernel(int64_t rows, int N, int D, const S* dk,
-                                                                       const float* c, S* ddk) {
+__global__ void __launch_bounds__(32 * WARPS)
+    sum_keys_backward_kernel(int64_t rows, int N, int D, const S* dk, const float* c, S* ddk) {
   const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
   if (row >= rows) return;
   c += row / N * (D + 1);
@@ -665,10 +726,11 @@ __global__ void __launch_bounds__(32 * WARPS) sum_keys_backward_kernel(int64_t r
   store_row(ddk + row * D, D, vector, gradient);
 }
 
-// den = the guarded denominator of Dq (Eq. 4); in place: out /= den
+// den = the denominator of Eq. 4 (Guard in phi.h); out /= den, in place
 template <class S, int CHUNKS>
-__global__ void __launch_bounds__(32 * WARPS) denominator_kernel(int64_t rows, int N, int D, const S* dq,
-                                                                 const float* k_sum, float eps, float* den, S* out) {
+__global__ void __launch_bounds__(32 * WARPS)
+    denominator_kernel(int64_t rows, int N, int D, const S* dq, const float* k_sum, float eps,
+                       float* den, S* out) {
   const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
   if (row >= rows) return;
   k_sum += row / N * (D + 1);
@@ -687,7 +749,8 @@ __global__ void __launch_bounds__(32 * WARPS) denominator_kernel(int64_t rows, i
 
 // y = x / den
 template <class S, int CHUNKS>
-__global__ void __launch_bounds__(32 * WARPS) divide_kernel(int64_t rows, int D, const S* x, const float* den, S* y) {
+__global__ void __launch_bounds__(32 * WARPS)
+    divide_kernel(int64_t rows, int D, const S* x, const float* den, S* y) {
   const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
   if (row >= rows) return;
   const bool vector = D % 8 == 0;
@@ -697,12 +760,14 @@ __global__ void __launch_bounds__(32 * WARPS) divide_kernel(int64_t rows, int D,
   store_row(y + row * D, D, vector, result);
 }
 
-// Grid, rows and shared memory as in sum_keys_kernel. out = num / den and num is linear in Dq, so
-// dden = -<dnum, num> / den = -<ddq, Dq> / den with ddq as it is on entry, the gradient through num.
-// In place: ddq += what den adds; partial (B, splits, D + 1) = the gradient of k_sum.
+// The backward of den. out = num / den, and num is linear in Dq: with ddq, on entry the gradient
+// through num, dden = -<dnum, num> / den = -<ddq, Dq> / den. Then ddq += the gradient through den,
+// in place; partial (B, splits, D + 1) = the gradient of k_sum. Grid, rows and shared memory as in
+// sum_keys_kernel.
 template <class S, int CHUNKS>
-__global__ void __launch_bounds__(32 * WARPS) denominator_backward_kernel(int N, int D, const S* dq, const float* k_sum,
-                                                                          float eps, S* ddq, float* partial) {
+__global__ void __launch_bounds__(32 * WARPS)
+    denominator_backward_kernel(int N, int D, const S* dq, const float* k_sum, float eps, S* ddq,
+                                float* partial) {
   extern __shared__ float shared[];
   const int64_t image = blockIdx.x;
   const int split = blockIdx.y, splits = gridDim.y, end = min(N, (split + 1) * SPLIT);
@@ -719,7 +784,7 @@ __global__ void __launch_bounds__(32 * WARPS) denominator_backward_kernel(int N,
     const float norm = sqrtf(sums[1]);
     const Guard<float> guard(sums[0], norm, k_sum[D], eps);
     const float dden = -sums[2] / guard.den;
-    if (guard.open) {  // den = Dq . k_sum + eps
+    if (guard.open) {  // den = <Dq, k_sum> + eps
       add_scaled(dden, k, gradient);
       add_scaled(dden, q, c);
     } else {  // den = 1e-3 |Dq| sum |Dk| + eps
@@ -733,7 +798,7 @@ __global__ void __launch_bounds__(32 * WARPS) denominator_backward_kernel(int N,
 
 }  // namespace
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Launches.
 
 int64_t fragments(int D, int n, int parts) {
@@ -744,89 +809,104 @@ void split_routers(const float* routers, int D, int n, int parts, bool transpose
                    cudaStream_t stream) {
   const FragmentOrder order{padded(n) / 16, groups_of(D), parts};
   const int64_t count = 4 * order.part_stride();
-  launch(split_routers_kernel, dim3(unsigned(ceil_div(count, 256))), 256, 0, stream, routers, D, n, order, transposed,
-         count, fragments);
+  launch(split_routers_kernel, dim3(unsigned(ceil_div(count, 256))), 256, 0, stream, routers, D, n,
+         order, transposed, count, fragments);
 }
 
 template <class T>
-void features(const Features<T>& in, float* kernel_logits, float* difference_logits, typename Core<T>::type* dq,
-              typename Core<T>::type* dk, cudaStream_t stream) {
+void features(const Features<T>& in, float* kernel_logits, float* difference_logits,
+              typename Core<T>::type* dq, typename Core<T>::type* dk, cudaStream_t stream) {
   const int warps = warps_of(in.D);
-  const size_t shared = (Shared(warps, in.n_F, in.n_D).partial() + 2 * warps * 16 * TILE) * sizeof(float);
+  const size_t shared =
+      (Shared(warps, in.n_F, in.n_D).partial() + 2 * warps * 16 * TILE) * sizeof(float);
   const auto kernel = groups_per_warp(in.D) == 2 ? features_kernel<T, 2> : features_kernel<T, 4>;
-  launch(kernel, dim3(unsigned(ceil_div(in.rows, TILE)), 2), 32 * warps, shared, stream, in, kernel_logits,
-         difference_logits, dq, dk);
+  launch(kernel, dim3(unsigned(ceil_div(in.rows, TILE)), 2), 32 * warps, shared, stream, in,
+         kernel_logits, difference_logits, dq, dk);
 }
 
 template <class T>
-void features_backward(const Features<T>& in, const FeatureGradients<T>& grad, cudaStream_t stream) {
+void features_backward(const Features<T>& in, const FeatureGradients<T>& grad,
+                       cudaStream_t stream) {
   const int warps = warps_of(in.D);
   const size_t shared = Shared(warps, in.n_F, in.n_D).partial() * sizeof(float);
-  const auto kernel = groups_per_warp(in.D) == 2 ? features_backward_kernel<T, 2> : features_backward_kernel<T, 4>;
+  const auto kernel =
+      groups_per_warp(in.D) == 2 ? features_backward_kernel<T, 2> : features_backward_kernel<T, 4>;
   launch(kernel, dim3(unsigned(ceil_div(in.rows, TILE)), 2), 32 * warps, shared, stream, in, grad);
 }
 
 int bin_sums_partial(int n) { return BIN_BLOCKS * WARPS * n; }
 
-static void sum_partials(int B, int splits, int width, const float* partial, float* sums, cudaStream_t stream) {
-  launch(sum_partials_kernel, dim3(unsigned(B), unsigned(ceil_div(width, 256))), 256, 0, stream, splits, width, partial,
-         sums);
+static void sum_partials(int B, int splits, int width, const float* partial, float* sums,
+                         cudaStream_t stream) {
+  launch(sum_partials_kernel, dim3(unsigned(B), unsigned(ceil_div(width, 256))), 256, 0, stream,
+         splits, width, partial, sums);
 }
 
-void bin_sums(int64_t count, int n, const int* index, const float* values, float* partial, float* sums,
-              cudaStream_t stream) {
-  launch(bin_sums_kernel, dim3(BIN_BLOCKS), 32 * WARPS, 0, stream, count, n, index, values, partial);
+void bin_sums(int64_t count, int n, const int* index, const float* values, float* partial,
+              float* sums, cudaStream_t stream) {
+  launch(bin_sums_kernel, dim3(BIN_BLOCKS), 32 * WARPS, 0, stream, count, n, index, values,
+         partial);
   sum_partials(1, BIN_BLOCKS * WARPS, n, partial, sums, stream);
 }
 
 template <class S>
-void Rows<S>::sum_keys(int B, int N, int D, const S* dk, float* partial, float* k_sum, cudaStream_t stream) {
+void Rows<S>::sum_keys(int B, int N, int D, const S* dk, float* partial, float* k_sum,
+                       cudaStream_t stream) {
   const int splits = int(ceil_div(N, SPLIT));
-  const auto kernel = D <= 512 ? sum_keys_kernel<S, 2> : D <= 1024 ? sum_keys_kernel<S, 4> : sum_keys_kernel<S, 6>;
-  launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream, N, D, dk, partial);
+  const auto kernel = D <= 512    ? sum_keys_kernel<S, 2>
+                      : D <= 1024 ? sum_keys_kernel<S, 4>
+                                  : sum_keys_kernel<S, 6>;
+  launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream,
+         N, D, dk, partial);
   sum_partials(B, splits, D + 1, partial, k_sum, stream);
 }
 
 template <class S>
-void Rows<S>::sum_keys_backward(int B, int N, int D, const S* dk, const float* c, S* ddk, cudaStream_t stream) {
+void Rows<S>::sum_keys_backward(int B, int N, int D, const S* dk, const float* c, S* ddk,
+                                cudaStream_t stream) {
   const int64_t rows = int64_t(B) * N;
   const auto kernel = D <= 512    ? sum_keys_backward_kernel<S, 2>
                       : D <= 1024 ? sum_keys_backward_kernel<S, 4>
                                   : sum_keys_backward_kernel<S, 6>;
-  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, N, D, dk, c, ddk);
+  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, N, D, dk, c,
+         ddk);
 }
 
 template <class S>
-void Rows<S>::denominator(int B, int N, int D, const S* dq, const float* k_sum, float eps, float* den, S* out,
-                          cudaStream_t stream) {
+void Rows<S>::denominator(int B, int N, int D, const S* dq, const float* k_sum, float eps,
+                          float* den, S* out, cudaStream_t stream) {
   const int64_t rows = int64_t(B) * N;
   const auto kernel = D <= 512    ? denominator_kernel<S, 2>
                       : D <= 1024 ? denominator_kernel<S, 4>
                                   : denominator_kernel<S, 6>;
-  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, N, D, dq, k_sum, eps, den, out);
+  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, N, D, dq,
+         k_sum, eps, den, out);
 }
 
 template <class S>
 void Rows<S>::divide(int B, int N, int D, const S* x, const float* den, S* y, cudaStream_t stream) {
   const int64_t rows = int64_t(B) * N;
-  const auto kernel = D <= 512 ? divide_kernel<S, 2> : D <= 1024 ? divide_kernel<S, 4> : divide_kernel<S, 6>;
+  const auto kernel = D <= 512    ? divide_kernel<S, 2>
+                      : D <= 1024 ? divide_kernel<S, 4>
+                                  : divide_kernel<S, 6>;
   launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, D, x, den, y);
 }
 
 template <class S>
-void Rows<S>::denominator_backward(int B, int N, int D, const S* dq, const float* k_sum, float eps, S* ddq,
-                                   float* partial, float* c, cudaStream_t stream) {
+void Rows<S>::denominator_backward(int B, int N, int D, const S* dq, const float* k_sum, float eps,
+                                   S* ddq, float* partial, float* c, cudaStream_t stream) {
   const int splits = int(ceil_div(N, SPLIT));
   const auto kernel = D <= 512    ? denominator_backward_kernel<S, 2>
                       : D <= 1024 ? denominator_backward_kernel<S, 4>
                                   : denominator_backward_kernel<S, 6>;
-  launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream, N, D, dq, k_sum, eps,
-         ddq, partial);
+  launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream,
+         N, D, dq, k_sum, eps, ddq, partial);
   sum_partials(B, splits, D + 1, partial, c, stream);
 }
 
-#define INSTANTIATE(T)                                                                                         \
-  template void features<T>(const Features<T>&, float*, float*, Core<T>::type*, Core<T>::type*, cudaStream_t); \
+#define INSTANTIATE(T)                                                                          \
+  template void features<T>(const Features<T>&, float*, float*, Core<T>::type*, Core<T>::type*, \
+                            cudaStream_t);                                                      \
   template void features_backward<T>(const Features<T>&, const FeatureGradients<T>&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(__half)

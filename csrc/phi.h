@@ -1,5 +1,6 @@
-// The mathematics of one element and of one row, once, for the CPU and for CUDA, in float and in double.
-// Free of torch headers. The derivation of the backward is in NOTES.md; names: dX is the gradient with respect to X.
+// The mathematics of one element and of one row, shared by the CPU (float and double) and CUDA
+// (float). No torch headers. dX is the gradient with respect to X; csrc/README.md derives the
+// backward.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -16,8 +17,8 @@ namespace dydilit {
 
 constexpr double LN2 = 0.69314718055994530942;
 
-// log2 x, x > 0 a normal number; 2 ulp. Some number, not infinity, where x is 0.
-// On the host log2 and exp2 are minimax polynomials: a loop over them vectorises.
+// log2 x for a normal number x > 0, within 2 ulp; finite for x = 0. On the host log2_of and exp2_of
+// are minimax polynomials, because a loop over polynomials vectorises.
 HOST_DEVICE float log2_of(float x) {
 #ifdef __CUDA_ARCH__
   return log2f(x < FLT_MIN ? FLT_MIN : x);
@@ -29,31 +30,35 @@ HOST_DEVICE float log2_of(float x) {
   float f;
   std::memcpy(&f, &bits, 4);
   f -= 1;
-  // log2(1 + f) / f, so that the relative error stays small near x = 1. The small terms in pairs (Estrin): a shorter chain
-  // than Horner's, of which a core keeps more in flight.
+  // A polynomial for log2(1 + f) / f: its relative error stays small near x = 1. The high terms are
+  // paired (Estrin's scheme): the dependency chain is shorter than Horner's.
   const float f2 = f * f, f4 = f2 * f2;
-  const float high = (0.287916243f - 0.238944829f * f) + (0.215715602f - 0.207269728f * f) * f2 + 0.125837013f * f4;
+  const float high = (0.287916243f - 0.238944829f * f) + (0.215715602f - 0.207269728f * f) * f2 +
+                     0.125837013f * f4;
   const float c = (0.480910629f - 0.360703677f * f) + high * f2;
   return float(e) + (1.44269502f + (c * f - 0.721347332f) * f) * f;
 #endif
 }
 
-// 2^x, |x| < 2^22; 1 ulp where -126 <= x <= 127. Further down it goes to 0, further up it stays near 2^127: never infinite.
+// 2^x for |x| < 2^22, within 1 ulp for -126 <= x <= 127. Below it goes to 0, above it stays near
+// 2^127: the result is never infinite.
 HOST_DEVICE float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
   return exp2f(x > 127.0f ? 127.0f : x);
 #else
-  const float offset = 12582912.0f + 127.0f;  // 1.5 * 2^23: floats of its size are the integers, so a sum is rounded to one
-  const float shifted = x + offset, f = x - (shifted - offset);  // f = x - n in [-1/2, 1/2], n = round(x)
+  // Floats of the size of 1.5 * 2^23 are the integers: the sum is rounded to one, n = round(x)
+  const float offset = 12582912.0f + 127.0f;
+  const float shifted = x + offset, f = x - (shifted - offset);  // f = x - n, in [-1/2, 1/2]
   int32_t n;
-  std::memcpy(&n, &shifted, 4);  // 0x4b400000 + 127 + n
+  std::memcpy(&n, &shifted, 4);  // the bits of `shifted`: 0x4b400000 + 127 + round(x)
   n = n < 0x4b400000 ? 0x4b400000 : n;
   n = n > 0x4b400000 + 254 ? 0x4b400000 + 254 : n;
-  n = int32_t(uint32_t(n) << 23);  // the bits of 2^n; of 0 for n = -127
+  n = int32_t(uint32_t(n) << 23);  // the bits of 2^round(x), or of 0 for round(x) = -127
   float two_n;
   std::memcpy(&two_n, &n, 4);
   const float f2 = f * f;
-  const float high = (0.0555032864f + 0.00961848907f * f) + (0.00133999309f + 0.000153458124f * f) * f2;
+  const float high =
+      (0.0555032864f + 0.00961848907f * f) + (0.00133999309f + 0.000153458124f * f) * f2;
   return (1.0f + (0.693147182f + (0.240226462f + high * f) * f) * f) * two_n;
 #endif
 }
@@ -63,37 +68,46 @@ HOST_DEVICE double exp2_of(double x) { return exp2(x > 1023 ? 1023 : x); }
 HOST_DEVICE float smallest(float) { return FLT_MIN; }
 HOST_DEVICE double smallest(double) { return DBL_MIN; }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The kernel phi (Eq. 5) on one row z:  r = relu(z), m = max r, t = r / m, p = t^gamma, s = |t|, n = |p|,
+// -------------------------------------------------------------------------------------------------
+// The kernel phi (Eq. 5) on one row z:
+//   r = relu(z), m = max r, t = r / m, p = t^gamma, s = |t|, n = |p|,
 //   y = (|r| / |p|) p = (m s / n) p.
 
 template <class T>
 struct PhiRow {
   T m, s, n;
-  HOST_DEVICE T scale() const { return n != 0 ? m * s / n : T(0); }  // a row without a positive entry gives 0
+  // |r| / |p| = m s / n; 0 for a row without a positive entry
+  HOST_DEVICE T scale() const { return n != 0 ? m * s / n : T(0); }
 };
 
 // r = relu(z); NaN stays NaN
 template <class T>
-HOST_DEVICE T relu(T z) { return z < 0 ? T(0) : z; }
+HOST_DEVICE T relu(T z) {
+  return z < 0 ? T(0) : z;
+}
 
 // 1 / m, finite for every m
 template <class T>
-HOST_DEVICE T reciprocal(T m) { return 1 / (m < smallest(m) ? smallest(m) : m); }
+HOST_DEVICE T reciprocal(T m) {
+  return 1 / (m < smallest(m) ? smallest(m) : m);
+}
 
-// u = t^(gamma - 1) from l = log2 t; then p = t^gamma = t u. Where t is 0, u is some number, not infinity.
+// u = t^(gamma - 1) from l = log2 t, so that p = t u; finite for t = 0
 template <class T>
-HOST_DEVICE T power_less_one(T l, T gamma) { return exp2_of((gamma - 1) * l); }
+HOST_DEVICE T power_less_one(T l, T gamma) {
+  return exp2_of((gamma - 1) * l);
+}
 
 // With G = dy and the row sums a = <G, p>, b = <G, p l>, h = <p, p l>:
 //   dz_j   = (s / n) gamma u_j (G_j - c p_j) + a / (n s) t_j,  c = a / n^2   (0 where z_j <= 0)
 //   dgamma = (m s / n) ln 2 (b - c h)
-// m carries no gradient: it cancels in p / |p|.
+// m has no gradient, because y does not depend on it: m s = |r|, and m cancels in p / n.
 template <class T>
 struct PhiRowBackward {
   T c, of_u, of_t, dgamma;
-  HOST_DEVICE PhiRowBackward(PhiRow<T> row, T gamma, T a, T b, T h) : c(0), of_u(0), of_t(0), dgamma(0) {
-    if (row.n == 0) return;  // nothing positive: all gradients are 0
+  HOST_DEVICE PhiRowBackward(PhiRow<T> row, T gamma, T a, T b, T h)
+      : c(0), of_u(0), of_t(0), dgamma(0) {
+    if (row.n == 0) return;  // a row without a positive entry: all gradients are 0
     c = a / (row.n * row.n);
     of_u = row.s / row.n * gamma;
     of_t = a / (row.n * row.s);
@@ -101,31 +115,35 @@ struct PhiRowBackward {
   }
   HOST_DEVICE T dz(T g, T t, T u) const {
     const T both = of_u * u * (g - c * t * u) + of_t * t;
-    return t >= smallest(t) ? both : T(0);
+    return t >= smallest(t) ? both : T(0);  // 0 for z <= 0
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The gate: the chosen value times w / stop_gradient(w), w = softmax(logits)[index]. It is exactly 1 in the forward.
+// -------------------------------------------------------------------------------------------------
+// The gate (straight-through): the chosen value is multiplied by w / stop_gradient(w), where
+// w = softmax(logits)[index]. The gate is 1; its gradient is
 //   dlogits_j = dgate ([j = index] - softmax(logits)_j),  dgate = dvalue * value
 
 // exp(logit - max), the numerator of the softmax
 template <class T>
 HOST_DEVICE T softmax_numerator(T logit, T max) {
   const T x = (logit - max) * T(1 / LN2);
-  return exp2_of(x < -2000 ? T(-2000) : x);  // exp2_of takes no more than 2^22; this is 0 in every type
+  return exp2_of(x < -2000 ? T(-2000) : x);  // exp2_of takes |x| < 2^22; 2^-2000 is 0 in every type
 }
 
 template <class T>
-HOST_DEVICE T dlogit(T dgate, bool chosen, T softmax) { return dgate * ((chosen ? T(1) : T(0)) - softmax); }
+HOST_DEVICE T dlogit(T dgate, bool chosen, T softmax) {
+  return dgate * ((chosen ? T(1) : T(0)) - softmax);
+}
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The guarded denominator (Eq. 4) of one query:  den = max(dot, floor) + eps,
-//   dot = Dq . sum_j Dk_j,  floor = 1e-3 |Dq| sum_j |Dk_j|.  The gradient flows through the one that is larger.
+// -------------------------------------------------------------------------------------------------
+// The denominator of Eq. 4 for one query, kept above a floor:
+//   den = max(dot, floor) + eps,  dot = <Dq, sum_j Dk_j>,  floor = 1e-3 |Dq| sum_j |Dk_j|
+// The gradient flows through the larger of dot and floor.
 
 template <class T>
 struct Guard {
-  bool open;  // dot >= floor
+  bool open;  // dot >= floor: the gradient flows through dot
   T den;
   HOST_DEVICE Guard(T dot, T norm_q, T norms_k, T eps) {
     const T floor = T(1e-3) * norm_q * norms_k;

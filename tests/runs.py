@@ -1,86 +1,154 @@
-"""For test_train.py and test_scripts.py: a tiny run, its processes, and, as a script, what torchrun starts for them."""
+"""What tests of training, data and commands share: a tiny run, its data, its processes."""
 
+import functools
+import importlib.util
 import json
 import os
-import runpy
-import shutil
-import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from util import assert_close
+
+import dydilit
+from dydilit import Config, Training, load_checkpoint, train
+from support.runs import prepare_resume
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-import dydilit  # noqa: E402
-from dydilit import Config, Training, train  # noqa: E402
+# The run that every comparison repeats. It has a warm-up, a decay, averaged weights, held-out
+# losses and a checkpoint in the middle.
+CONFIG = Config(
+    input_size=8,
+    in_channels=1,
+    hidden_size=16,
+    depth=1,
+    n_projectors=2,
+    n_kernels=3,
+    n_lambdas=3,
+    num_classes=10,
+)
+RUN = Training(
+    steps=6,
+    batch_size=8,
+    lr=1e-2,
+    warmup=2,
+    decay=0.5,
+    ema_decay=0.9,
+    log_every=1,
+    eval_every=2,
+    ckpt_every=3,
+)
 
-# The run that every comparison repeats: warm-up, decay, averaging, a held-out loss and a checkpoint all happen in it.
-CONFIG = Config(input_size=8, in_channels=1, hidden_size=16, depth=1, n_projectors=2, n_kernels=3, n_lambdas=3,
-                num_classes=10)
-RUN = Training(steps=6, batch_size=8, lr=1e-2, warmup=2, decay=0.5, ema_decay=0.9, log_every=1, eval_every=2,
-               ckpt_every=3)
+# ----------------------------------------------------------------------------------------------
+# Data sets.
+
+SET_FILES = ["images.npy", "labels.npy", "meta.json"]
+
+
+@functools.cache
+def load_prepare(name):
+    """data/NAME/prepare.py as a module."""
+    path = ROOT / "data" / name / "prepare.py"
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def prepare_digits(folder):
-    runpy.run_path(str(ROOT / "data" / "digits" / "prepare.py"))["prepare"](folder)
+    """Write the digits into `folder`, and return it."""
+    load_prepare("digits").prepare(folder)
     return folder
 
 
-def flags(**values):
-    """{"micro_batch": 4, "bf16": False} -> ["--micro-batch=4", "--no-bf16"]"""
-    return [f"--{'' if value else 'no-'}{name.replace('_', '-')}" if isinstance(value, bool) else
-            f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+def write_set(folder, images, labels, **meta):
+    """Write a prepared set into the new folder, and return it. `meta` adds to these fields."""
+    folder.mkdir()
+    np.save(folder / "images.npy", images)
+    np.save(folder / "labels.npy", labels)
+    known = {
+        "name": "made up",
+        "classes": list("0123456789"),
+        "flip": False,
+        "held_out": 0,
+        "levels": 255,
+    }
+    (folder / "meta.json").write_text(json.dumps(known | meta))
+    return folder
 
 
-def start(*command):
-    """A process in the repository's root, on the CPU, with warnings as errors and, since the bits depend on it, one
-    thread, as in the tests."""
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | settings,
-    )
+def read_set(folder):
+    """images, labels, meta of a prepared set."""
+    meta = json.loads((folder / "meta.json").read_text())
+    return np.load(folder / "images.npy"), np.load(folder / "labels.npy"), meta
 
 
-def torchrun(*arguments):
-    return start("-m", "torch.distributed.run", *arguments)
+def contents(folder):
+    """{name: bytes} of a folder's files."""
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
 
-def finish(process, timeout=120):
-    """Its stdout and stderr. After `timeout` it is told to stop; torchrun then ends its workers, by force if needed."""
-    try:
-        return process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        raise AssertionError(f"still running after {timeout} s:\n{process.communicate(timeout=60)}") from None
+# ----------------------------------------------------------------------------------------------
+# What a run leaves, and how two of them are compared.
 
 
 def read_log(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
+def without_speed(log):
+    """The lines of a log without images_per_s, the one entry that two equal runs do not share."""
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in log]
+
+
+def parts(out):
+    """The checkpoint's weights, averaged weights, state of the optimiser, and step."""
+    ckpt = load_checkpoint(Path(out, "ckpt.pt"))
+    return {k: ckpt[k] for k in ("model", "ema", "optimizer", "step")}
+
+
 def differing(a, b, tolerance=None):
-    """Where two nested dicts, lists and tensors differ, as a list of paths: in any bit, or by more than tolerance."""
+    """The paths at which two nested dicts, lists and tensors differ.
+
+    They differ in any bit, or with a tolerance by more than it.
+    """
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [f"{k}/{path}" for k in a for path in differing(a[k], b[k], tolerance)]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [f"{i}/{path}" for i, (x, y) in enumerate(zip(a, b)) for path in differing(x, y, tolerance)]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype):
-        worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-        same = torch.equal(a, b) if tolerance is None else worst <= tolerance
-        return [] if same else [f" differs by {worst:.2e}"]
+        pairs = enumerate(zip(a, b))
+        return [f"{i}/{path}" for i, (x, y) in pairs for path in differing(x, y, tolerance)]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if (a.shape, a.dtype) == (b.shape, b.dtype):
+            worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+            same = torch.equal(a, b) if tolerance is None else worst <= tolerance
+            return [] if same else [f" differs by {worst:.2e}"]
+        return [f" {a.shape} {a.dtype}, {b.shape} {b.dtype}"]
     if isinstance(a, float) and isinstance(b, float) and tolerance is not None:
         return [] if abs(a - b) <= tolerance else [f" {a!r} {b!r}"]
     return [] if type(a) is type(b) and a == b else [f" {a!r} {b!r}"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As a script: torchrun tests/runs.py together|killed DATA OUT
+def assert_same_run(a, b):
+    """The losses and weights of two folders agree within rounding, 1e-6 here after six steps."""
+    for one, other in zip(read_log(a), read_log(b), strict=True):
+        assert one.keys() == other.keys() and one["step"] == other["step"]
+        compared = one.keys() - {"images_per_s"}
+        assert all(one[k] == pytest.approx(other[k], rel=1e-4) for k in compared), (one, other)
+    for part in ("model", "ema"):
+        one, other = parts(a)[part], parts(b)[part]
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_close(f"{part} {name}", one[name], other[name], atol=1e-4)
+
+
+def resume(config, training, **hooks):
+    """What a script does for --resume; returns the steps done."""
+    prepare_resume(config, training)
+    return train(config, training, resume=True, **hooks)
 
 
 def at_step(action):
@@ -94,60 +162,51 @@ def at_step(action):
     dydilit.learning_rate = learning_rate
 
 
-def together(data, out, rank):
-    """In one launch: a plain run; one in micro-batches, counting reductions; one that rank 1 is told to stop, and its
-    continuation; one whose checkpoint only rank 0 can see."""
-    run = replace(RUN, data=data)
-    train(CONFIG, replace(run, out=f"{out}/plain"))
+# ----------------------------------------------------------------------------------------------
+# Processes.
 
-    reductions, DDP = [], torch.nn.parallel.DistributedDataParallel
 
-    class Counting(DDP):
-        def __init__(self, model):
-            super().__init__(model)
-            self.register_comm_hook(None, self.count)
+def flags(**values):
+    """{"micro_batch": 4, "bf16": False} -> ["--micro-batch=4", "--no-bf16"]"""
+    arguments = []
+    for name, value in values.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            arguments.append(f"--{name}={value}")
+    return arguments
 
-        def count(self, state, bucket):
-            reductions.extend([bucket.is_last()] * bucket.is_last())
-            return allreduce_hook(state, bucket)
 
-    torch.nn.parallel.DistributedDataParallel = Counting
-    train(CONFIG, replace(run, out=f"{out}/accumulated", micro_batch=2))
-    torch.nn.parallel.DistributedDataParallel = DDP
+def start(*command):
+    """Start python with these arguments in the repository's root, and return the process.
 
-    at_step(lambda step: os.kill(os.getpid(), signal.SIGTERM) if (step, rank, stopped) == (1, 1, []) else None)
-    stopped = []
-    stopped.append(train(CONFIG, replace(run, out=f"{out}/stopped")))
-    train(CONFIG, replace(run, out=f"{out}/stopped"), resume=True)
+    It runs on the CPU, with warnings as errors, on one thread as the tests do: the number of
+    threads decides the bits.
+    """
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | settings,
+    )
 
-    if rank == 0:
-        shutil.copytree(f"{out}/plain", f"{out}/apart0")
+
+def torchrun(*arguments):
+    return start("-m", "torch.distributed.run", *arguments)
+
+
+def finish(process, timeout=120):
+    """stdout and stderr of a process that ends; after `timeout` seconds it is terminated.
+
+    torchrun, when it is terminated, ends its workers, by force if needed.
+    """
     try:
-        train(CONFIG, replace(run, out=f"{out}/apart{rank}"), resume=True)
-        message = "trained"
-    except ValueError as e:
-        message = str(e)
-    found = {"reductions": len(reductions), "stopped": stopped[0], "apart": message}
-    Path(out, f"rank{rank}.json").write_text(json.dumps(found))
-
-
-def killed(data, out, rank):
-    """Rank 1 dies without a word at step 4, but only once. Each attempt leaves its first step in a file."""
-    attempt, first = len(list(Path(out).glob(f"first_step_*_{rank}"))), []
-
-    def action(step):
-        if not first:
-            first.append(step)
-            Path(out, f"first_step_{attempt}_{rank}").write_text(str(step))
-        if (step, rank, attempt) == (4, 1, 0):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    at_step(action)
-    train(CONFIG, replace(RUN, data=data, out=f"{out}/run"), resume=True)
-
-
-if __name__ == "__main__":
-    {"together": together, "killed": killed}[sys.argv[1]](*sys.argv[2:4], int(os.environ["RANK"]))
-    torch.distributed.destroy_process_group()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads may hold the hook's callbacks still: to release them while Python ends is an abort
+        return process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        text = process.communicate(timeout=60)
+        raise AssertionError(f"still running after {timeout} s:\n{text}") from None

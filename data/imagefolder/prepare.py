@@ -1,14 +1,16 @@
-"""A folder of images as a prepared data set (data/README.md has the layout): pixels, or latents of an autoencoder.
+"""A folder of images as a prepared data set (data/README.md has the layout): pixels or latents.
 
     python data/imagefolder/prepare.py ROOT --size 64 --out data/NAME
     python data/imagefolder/prepare.py ROOT --size 256 --out data/NAME --vae
     torchrun --nproc_per_node=8 data/imagefolder/prepare.py ROOT --size 256 --out data/NAME --vae
 
-ROOT/<class>/**/*.{png,jpg,jpeg,webp}; the folder names, sorted, are the classes. Names that start with a dot are not
-looked at. Each image becomes an upright 8-bit RGB (or grey) square: halved with a box filter while that leaves it large
-enough, then bicubic to the exact short side, then the centre of it (the crop of ADM, arXiv 2105.05233). With --vae the
-square and its mirror image are encoded (latents.py), and a run that was killed goes on where it stopped (rows.py).
+ROOT/<class>/**/*.{png,jpg,jpeg,webp}; the folder names, sorted, are the classes. Names that start
+with a dot are ignored. Each image becomes an upright 8-bit RGB (or grey) square by the crop of ADM
+(arXiv 2105.05233): it is halved with a box filter while that leaves it large enough, resized by
+bicubic interpolation to the exact short side, and cut to the centre. With --vae the square and its
+mirror image are encoded (latents.py), and a run that was killed continues (rows.py).
 """
+
 import argparse
 import functools
 import hashlib
@@ -21,41 +23,58 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))  # for whoever does not start this file as a script
-from prepared import shuffled
+sys.path.insert(0, str(Path(__file__).parent))  # where this file is imported, not started
+from prepared import NAMES, shuffled, summary
 from rows import DONE, PLAN, ROWS, Rows, begin, check_room, fill, torchrun
 
 SEED = 0
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-NAMES = ["images.npy", "labels.npy", "meta.json"]
 TEMPS = ["tmp.kept.npy", *(f"tmp.{name}" for name in NAMES), DONE, f"{PLAN}.new", PLAN]
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
+ORIENTATION = 0x0112  # the tag of EXIF
 TURN = Image.Transpose
-TURNS = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
-         7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}    # by EXIF's orientation
+TURNS = {
+    2: TURN.FLIP_LEFT_RIGHT,
+    3: TURN.ROTATE_180,
+    4: TURN.FLIP_TOP_BOTTOM,
+    5: TURN.TRANSPOSE,
+    6: TURN.ROTATE_270,
+    7: TURN.TRANSVERSE,
+    8: TURN.ROTATE_90,
+}
 
-# -----------------------------------------------------------------------------
-# one image
+# ----------------------------------------------------------------------------------------------
+# One image.
+
 
 def upright(im):
-    """PIL image -> turned as its EXIF says, if that can be read. ImageOps.exif_transpose also writes the EXIF anew, and
-    fails at tags that Pillow can read and not write."""
+    """PIL image -> turned as its EXIF says; as it is if the EXIF cannot be read.
+
+    ImageOps.exif_transpose fails at tags that Pillow can read and not write: it writes the EXIF
+    again.
+    """
     im.load()
-    try: how = TURNS.get(im.getexif().get(0x0112))
-    except Exception: how = None                # what is no EXIF says nothing of the pixels
+    try:
+        how = TURNS.get(im.getexif().get(ORIENTATION))
+    except Exception:  # damaged EXIF says nothing of the pixels
+        how = None
     return im if how is None else im.transpose(how)
 
 
 def to_rgb(im):
-    """PIL image of any mode -> 8-bit "RGB" or "L", upright; what is transparent becomes white. ValueError: mode F."""
+    """PIL image of any mode -> 8-bit "RGB" or "L", upright; transparent parts become white.
+
+    ValueError for mode F.
+    """
     im = upright(im)
-    if im.mode.startswith("I"):                 # 16-bit grey; Pillow's own conversion would clip it at 255 (it gives
-                                                # 16-bit colour as 8 bits, rightly scaled)
+    if im.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion clips it at 255. (It scales 16-bit colour to 8 bits.)
         x = np.asarray(im).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((x + 128) // 257).astype(np.uint8))    # round(x / 257): 65535 is 255
+        return Image.fromarray(((x + 128) // 257).astype(np.uint8))  # round(x / 257)
     if im.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    if im.has_transparency_data:                # an alpha channel, or a palette or PNG with a transparent colour
+    if im.has_transparency_data:  # an alpha channel, or a transparent colour of a palette or PNG
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
@@ -73,41 +92,58 @@ def centre_crop(im, size):
 
 
 def load_image(file, size, gray=False):
-    """Image file -> uint8, C x size x size. Whatever Pillow raises if it cannot be read."""
+    """Image file -> uint8, C x size x size. It raises what Pillow raises."""
     with Image.open(file) as im:
         im = centre_crop(to_rgb(im), size).convert("L" if gray else "RGB")
     return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
 
 
 def read(file, size, gray):
-    """Image file -> (what load_image gives, size of the file in bytes, None), or (zeros, 0, why it cannot be read).
+    """Image file -> (array of load_image, size of the file in bytes, None).
 
-    Without a file (None): (zeros, 0, None).
+    (zeros, 0, the reason) if it cannot be read; (zeros, 0, None) if `file` is None.
     """
     why = None
     try:
-        if file: return load_image(file, size, gray), os.path.getsize(file), None
-    except Exception as e:                      # a broken file can make a decoder raise nearly anything
+        if file:
+            return load_image(file, size, gray), os.path.getsize(file), None
+    except Exception as e:  # a broken file can make a decoder raise nearly anything
         why = f"{type(e).__name__}: {e}"
     return np.zeros((1 if gray else 3, size, size), np.uint8), 0, why
 
-# -----------------------------------------------------------------------------
-# the data set
 
-def refuse(error): raise error                   # os.walk would go on without what it cannot list
+# ----------------------------------------------------------------------------------------------
+# The images of a folder.
+
+
+def refuse(error):
+    raise error  # os.walk goes on by itself without a folder that it cannot list
+
+
+def find_class(folder):
+    """The image files of a class folder, at any depth, sorted: a file system has its own order."""
+    found = []
+    for parent, subfolders, leaves in os.walk(folder, onerror=refuse):
+        subfolders[:] = [d for d in subfolders if not d.startswith(".")]
+        for name in leaves:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                found.append(Path(parent, name))
+    return list(map(str, sorted(found)))
 
 
 def find(root, n_classes=None, class_seed=0):
-    """Folder -> (class names, files, int64 labels of the files). ValueError if there is nothing to prepare.
+    """Folder -> (class names, files, int64 labels of the files).
 
-    n_classes: how many of the classes to draw, with class_seed; None takes all.
+    n_classes: how many of the classes to draw, with class_seed; None takes all. ValueError if
+    there is nothing to prepare.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not classes:
-        raise ValueError(f"{root} has no class folders; expected {root}/<class>/*.png, .jpg, .jpeg or .webp")
+        expected = f"{root}/<class>/*.png, .jpg, .jpeg or .webp"
+        raise ValueError(f"{root} has no class folders; expected {expected}")
     if n_classes is not None:
         if not 1 <= n_classes <= len(classes):
             raise ValueError(f"{n_classes} classes are asked for, {root} has {len(classes)}")
@@ -115,133 +151,238 @@ def find(root, n_classes=None, class_seed=0):
         classes = [classes[i] for i in sorted(drawn)]
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = []
-        for folder, subfolders, leaves in os.walk(root / name, onerror=refuse):
-            subfolders[:] = [d for d in subfolders if not d.startswith(".")]
-            found += [Path(folder, f) for f in leaves
-                      if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
+        found = find_class(root / name)
         if not found:
             raise ValueError(f"class {name!r} has no images in {root / name}")
-        files += map(str, sorted(found))        # sorted: the order of a file system must not decide the shuffle
+        files += found
         labels += [label] * len(found)
     return classes, files, np.array(labels, np.int64)
 
 
+def fingerprint(root, files):
+    """Number and digest of the files' names below `root`, which may move between two runs."""
+    names = [file.removeprefix(str(Path(root))).lstrip(os.sep) for file in files]
+    digest = hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()[:16]
+    return f"{len(files)}, sha256 {digest}"
+
+
 def n_held_out(share, n):
-    return min(round(share * n), n - 1)         # something to train on, always
+    return min(round(share * n), n - 1)  # at least one image to train on
 
 
-def prepare(root, size, out, held_out=0.05, flip=True, gray=False, on_error="refuse", workers=1, vae=None, batch=32,
-            classes=None, class_seed=0):
-    """Write the images of the folder `root`, cropped to size x size, as a prepared set into the folder `out`.
+# ----------------------------------------------------------------------------------------------
+# The data set.
 
-    held_out is a share, in [0, 1); flip, whether training may mirror the images; vae, a hub id or a folder; batch, how
-    many images are encoded at once; classes, how many to draw with class_seed (None: all). More than one worker needs
-    this file to be importable by its name, as it is when it runs as a script. ValueError for a wrong argument or
-    unreadable images. After any error nothing is left; with a VAE all that was encoded, and the next run goes on there.
+
+def prepare(
+    root, size, out, held_out=0.05, flip=True, gray=False, on_error="refuse", workers=1,
+    vae=None, batch=32, classes=None, class_seed=0,
+):  # fmt: skip
+    """Write the images of the folder `root`, cropped to size x size, as a set into `out`.
+
+    held_out: share, in [0, 1). flip: whether training may mirror the images. on_error: "refuse" or
+    "skip" unreadable images. workers: processes that read; with more than one, this file must be
+    importable by its name, as it is when it runs as a script. vae: hub id or folder of an
+    autoencoder; None keeps pixels. batch: images encoded at once. classes: how many to draw with
+    class_seed; None takes all.
+
+    ValueError for a wrong argument or unreadable images. An error leaves nothing; with a VAE it
+    leaves all that was encoded, and the next run goes on there.
     """
     out = Path(out)
-    if size < 1: raise ValueError(f"size must be at least 1, got {size}")
-    if workers < 1: raise ValueError(f"workers must be at least 1, got {workers}")
-    if batch < 1: raise ValueError(f"batch must be at least 1, got {batch}")
-    if not 0 <= held_out < 1: raise ValueError(f"the held-out share must lie in [0, 1), got {held_out}")
-    if on_error not in ("refuse", "skip"): raise ValueError(f"on_error must be refuse or skip, got {on_error!r}")
-    if vae and gray: raise ValueError("an autoencoder takes colours: --vae and --gray exclude each other")
+    check_arguments(size, held_out, gray, on_error, workers, vae, batch)
     rank, world, _ = team = torchrun()
-    if world > 1 and not vae: raise ValueError("torchrun is for --vae; --workers share out pixels")
-    taken = (out / "meta.json").exists() or (not (out / PLAN).exists() and any((out / name).exists() for name in NAMES))
-    if rank == 0 and taken:
-        raise ValueError(f"{out} already holds a prepared set (or part of one); delete it first")
+    if world > 1 and not vae:
+        raise ValueError("torchrun is for --vae; --workers share out pixels")
+    if rank == 0:
+        check_free(out)
 
-    dtype, shape, encode, about, plan = np.uint8, (1 if gray else 3, size, size), lambda x, files: x, {}, {}
     if vae:
-        from latents import Encoder
-        encode = Encoder(vae, size, flip)
-        dtype, shape, about, plan = np.float16, encode.shape, encode.about, {"weights": encode.weights}
-    if classes is not None: about["class_seed"] = class_seed
-    names, files, labels = find(root, classes, class_seed)
-    listed = "\0".join(file.removeprefix(str(Path(root))).lstrip(os.sep) for file in files)
-    plan |= about | {"size": size, "gray": gray, "flip": flip, "held_out": held_out, "batch": batch, "classes": classes,
-                     "files": f"{len(files)}, sha256 {hashlib.sha256(os.fsencode(listed)).hexdigest()[:16]}"}
-    order = shuffled(labels, n_held_out(held_out, len(files)), SEED)
+        from latents import Encoder  # torch and diffusers
 
-    made, began, rows = not out.exists(), False, [files[i] for i in order]
+        encode = Encoder(vae, size, flip)
+        dtype, shape = np.float16, encode.shape
+        about, plan = encode.about, {"weights": encode.weights}
+    else:
+        encode = keep_pixels
+        dtype, shape = np.uint8, (1 if gray else 3, size, size)
+        about, plan = {}, {}
+    if classes is not None:
+        about["class_seed"] = class_seed
+    names, files, labels = find(root, classes, class_seed)
+    plan |= about | {
+        "size": size,
+        "gray": gray,
+        "flip": flip,
+        "held_out": held_out,
+        "batch": batch,
+        "classes": classes,
+        "files": fingerprint(root, files),
+    }
+    order = shuffled(labels, n_held_out(held_out, len(files)), SEED)
+    ordered = [files[i] for i in order]
+
+    made, began = not out.exists(), False
     try:
-        begin(out, plan, rows, dtype, shape, team)
+        begin(out, plan, ordered, dtype, shape, team)
         began = True
-        bad = fill(out, rows, batch, functools.partial(read, size=size, gray=gray), encode, workers, team)
-        if rank > 0: return
+        read_one = functools.partial(read, size=size, gray=gray)
+        bad = fill(out, ordered, batch, read_one, encode, workers, team)
+        if rank > 0:
+            return
         filled = out / ROWS
         if bad:
-            listing = "".join(f"\n  {file}: {why}" for file, why in sorted((rows[i], why) for i, why in bad.items()))
-            if on_error == "refuse":
-                kept = "the others are done" if vae else "nothing was written"
-                raise ValueError(f"unreadable images: {len(bad)} of {len(files)}; {kept} (--on-error skip leaves them "
-                                 f"out):{listing}")
-            print(f"left out {len(bad)} unreadable images of {len(files)}:{listing}", file=sys.stderr)
-            # Shuffle what is left as if the bad files had never been there, and copy the rows to where they now belong.
-            good = np.setdiff1d(np.arange(len(files)), order[list(bad)])
-            lost = set(range(len(names))) - set(labels[good].tolist())
-            if lost:
-                raise ValueError(f"class {names[min(lost)]!r} has no readable images")
-            labels, row = labels[good], np.argsort(order)[good]         # row: where each good image lies now
-            order = shuffled(labels, n_held_out(held_out, len(labels)), SEED)
-            filled = copy_rows(out, row[order])
-        meta = {"name": out.resolve().name, "classes": names, "flip": flip,
-                "held_out": n_held_out(held_out, len(labels)), "levels": 255, **about}
-        if vae: meta["pixels"] = size
-        np.save(out / "tmp.labels.npy", labels[order])
-        (out / "tmp.meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        if filled.exists(): os.replace(filled, out / "images.npy")      # an earlier run may have been killed right here
-        for name in NAMES[1:]:                  # meta.json last: it says that the rest is there
-            os.replace(out / f"tmp.{name}", out / name)
-    except BaseException as e:                  # Ctrl-C too
+            report_unreadable(ordered, bad, on_error, kept=bool(vae))
+            filled, labels, order = leave_out(out, bad, names, labels, order, held_out)
+        meta = {
+            "name": out.resolve().name,
+            "classes": names,
+            "flip": flip,
+            "held_out": n_held_out(held_out, len(labels)),
+            "levels": 255,
+            **about,
+        }
+        if vae:
+            meta["pixels"] = size
+        put_in_place(out, filled, labels[order], meta)
+    except BaseException as e:  # Ctrl-C too
         if vae and began:
             e.add_note(f"{out} keeps what is done: the same command goes on from there")
-        elif rank == 0 and (began or not (out / PLAN).exists()):        # or else it is part of another set
-            for name in TEMPS + NAMES: (out / name).unlink(missing_ok=True)
-            if made and out.exists() and not any(out.iterdir()): out.rmdir()
+        elif rank == 0 and (began or not (out / PLAN).exists()):  # else it is part of another set
+            remove(out, TEMPS + NAMES, folder_too=made)
         raise
-    for name in TEMPS: (out / name).unlink(missing_ok=True)
-    images, total = np.load(out / "images.npy", mmap_mode="r"), sum((out / name).stat().st_size for name in NAMES)
-    print(f"{out}: {meta['name']}, images {images.shape} {images.dtype}, {len(names)} classes, "
-          f"{meta['held_out']} held out, {total / 1e6:.2f} MB")
+    remove(out, TEMPS)
+    print(summary(out, np.load(out / "images.npy", mmap_mode="r"), meta))
+
+
+def keep_pixels(images, files):
+    """The encoder of a set of pixels."""
+    return images
+
+
+def check_arguments(size, held_out, gray, on_error, workers, vae, batch):
+    for name, value in {"size": size, "workers": workers, "batch": batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"the held-out share must lie in [0, 1), got {held_out}")
+    if on_error not in ("refuse", "skip"):
+        raise ValueError(f"on_error must be refuse or skip, got {on_error!r}")
+    if vae and gray:
+        raise ValueError("an autoencoder takes colours: --vae and --gray exclude each other")
+
+
+def check_free(out):
+    """ValueError if `out` holds a set, or files of one that no plan explains."""
+    begun = (out / PLAN).exists()
+    parts = any((out / name).exists() for name in NAMES)
+    if (out / "meta.json").exists() or (parts and not begun):
+        raise ValueError(f"{out} already holds a prepared set (or part of one); delete it first")
+
+
+def report_unreadable(files, bad, on_error, kept):
+    """List the unreadable images, {row: why}: as an error, or on stderr if they are skipped.
+
+    kept: whether the rows of the others stay on the disk after the error.
+    """
+    pairs = sorted((files[i], why) for i, why in bad.items())
+    listing = "".join(f"\n  {file}: {why}" for file, why in pairs)
+    if on_error == "refuse":
+        others = "the others are done" if kept else "nothing was written"
+        raise ValueError(
+            f"unreadable images: {len(bad)} of {len(files)}; {others} "
+            f"(--on-error skip leaves them out):{listing}"
+        )
+    print(f"left out {len(bad)} unreadable images of {len(files)}:{listing}", file=sys.stderr)
+
+
+def leave_out(out, bad, names, labels, order, held_out):
+    """The set without the rows `bad`, as if their files had never been there.
+
+    The other images are shuffled again, and their rows copied to the new places. Returns the file
+    of rows, the labels and the order. ValueError if a class loses all its images.
+    """
+    good = np.setdiff1d(np.arange(len(labels)), order[list(bad)])
+    lost = set(range(len(names))) - set(labels[good].tolist())
+    if lost:
+        raise ValueError(f"class {names[min(lost)]!r} has no readable images")
+    row = np.argsort(order)[good]  # where each good image lies now
+    labels = labels[good]
+    order = shuffled(labels, n_held_out(held_out, len(labels)), SEED)
+    return copy_rows(out, row[order]), labels, order
 
 
 def copy_rows(out, which):
-    """The rows `which` (int, n) of what was filled, in this order, as another .npy file: its path."""
+    """The filled rows `which` (int, n), in this order, as another .npy file; returns its path."""
     rows, target = np.load(out / ROWS, mmap_mode="r"), out / "tmp.kept.npy"
     check_room(out, len(which), rows.dtype, rows.shape[1:])
     np.lib.format.open_memmap(target, "w+", rows.dtype, (len(which), *rows.shape[1:]))
     with Rows(target) as kept:
-        for i in range(0, len(which), 256): kept.put(i, rows[which[i:i + 256]])
+        for i in range(0, len(which), 256):
+            kept.put(i, rows[which[i : i + 256]])
         kept.sync()
     return target
 
 
-def main():
-    parser = argparse.ArgumentParser(description="prepare a folder of images, ROOT/<class>/*.{png,jpg,jpeg,webp}")
-    parser.add_argument("root", metavar="ROOT", help="folder with a folder of images for each class")
-    parser.add_argument("--size", type=int, required=True, help="height and width of the prepared images")
-    parser.add_argument("--out", required=True, help="folder to write; its name becomes the name of the set")
-    parser.add_argument("--vae", nargs="?", const="stabilityai/sd-vae-ft-ema", metavar="ID_OR_FOLDER",
-                        help="latents of this autoencoder in place of pixels (alone: %(const)s)")
-    parser.add_argument("--batch", type=int, default=32, help="images that the autoencoder takes at once (default: 32)")
-    parser.add_argument("--held-out", type=float, default=0.05, help="share never trained on (default: 0.05)")
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
-                        help="whether training may mirror the images (default: yes)")
-    parser.add_argument("--classes", type=int, help="take this many of the classes, drawn at random (default: all)")
-    parser.add_argument("--class-seed", type=int, default=0, help="draws the classes (default: 0)")
-    parser.add_argument("--gray", action="store_true", help="one channel in place of three")
-    parser.add_argument("--on-error", choices=["refuse", "skip"], default="refuse", help="for unreadable images")
+def put_in_place(out, filled, labels, meta):
+    """Give the three files their names, meta.json last: it says that the others are there."""
+    np.save(out / "tmp.labels.npy", labels)
+    (out / "tmp.meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    if filled.exists():  # an earlier run may have been killed after this exchange
+        os.replace(filled, out / "images.npy")
+    for name in NAMES[1:]:
+        os.replace(out / f"tmp.{name}", out / name)
+
+
+def remove(out, names, folder_too=False):
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    if folder_too and out.exists() and not any(out.iterdir()):
+        out.rmdir()
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        description="prepare a folder of images, ROOT/<class>/*.{png,jpg,jpeg,webp}"
+    )
+    add = p.add_argument
+    add("root", metavar="ROOT", help="folder with a folder of images for each class")
+    add("--size", type=int, required=True, help="height and width of the prepared images")
+    add("--out", required=True, help="folder to write; its name becomes the name of the set")
+    add(
+        "--vae",
+        nargs="?",
+        const=DEFAULT_VAE,
+        metavar="ID_OR_FOLDER",
+        help="latents of this autoencoder in place of pixels (alone: %(const)s)",
+    )
+    add("--batch", type=int, default=32, help="images encoded at once (default: 32)")
+    add("--held-out", type=float, default=0.05, help="share never trained on (default: 0.05)")
+    add(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether training may mirror the images (default: yes)",
+    )
+    add("--classes", type=int, help="draw this many of the classes at random (default: all)")
+    add("--class-seed", type=int, default=0, help="seed of that draw (default: 0)")
+    add("--gray", action="store_true", help="one channel in place of three")
+    on_error = {"choices": ["refuse", "skip"], "default": "refuse"}
+    add("--on-error", **on_error, help="what to do about unreadable images (default: refuse)")
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    parser.add_argument("--workers", type=int, default=cores, help="processes that read (default: one per core)")
-    args = parser.parse_args()
+    add("--workers", type=int, default=cores, help="processes that read (default: one per core)")
+    return p
+
+
+def main():
+    p = parser()
+    args = p.parse_args()
     try:
         prepare(**vars(args))
     except (ValueError, OSError, KeyboardInterrupt) as e:
         message = "\n".join([str(e) or "interrupted", *getattr(e, "__notes__", [])])
-        parser.exit(130 if isinstance(e, KeyboardInterrupt) else 2, f"{parser.prog}: error: {message}\n")
+        status = 130 if isinstance(e, KeyboardInterrupt) else 2
+        p.exit(status, f"{p.prog}: error: {message}\n")
 
 
 if __name__ == "__main__":

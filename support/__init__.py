@@ -1,0 +1,1 @@
+"""What the scripts share and no reader of the paper needs. Imports dydilit.py and libraries."""

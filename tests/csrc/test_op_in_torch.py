@@ -1,0 +1,52 @@
+"""The fused op as a citizen of torch: torch.library.opcheck and torch.compile."""
+
+from functools import partial
+
+import pytest
+import torch
+from util import assert_close, grads_of, normal, random_op_inputs
+
+import dydilit
+from dydilit import dydila_attention
+
+if "cpu" not in dydilit.FUSED_DEVICES:
+    reason = "the extension is not built: python setup.py build_ext --inplace"
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture
+def small():
+    """The arguments of attention_fwd."""
+    inputs = random_op_inputs(2, 6, 5, 3, 2, margin=1e-4)
+    return (*inputs.values(), True, True, 1e-6)
+
+
+def test_opcheck_of_the_forward(small):
+    for z in small[:9]:
+        z.requires_grad_()
+    torch.library.opcheck(torch.ops.dydilit.attention_fwd, small)
+
+
+def test_opcheck_of_the_operator_without_gradients(small):
+    torch.library.opcheck(torch.ops.dydilit.attention, (*small[:9], True, 1e-6))
+
+
+def test_opcheck_of_the_backward(small):
+    kept = torch.ops.dydilit.attention_fwd(*small)[1:]
+    dout = normal(2, 6, 5, dtype=torch.float32)
+    tests = ("test_schema", "test_faketensor")  # it has no derivative, on purpose
+    arguments = (dout, *small, *kept)
+    torch.library.opcheck(torch.ops.dydilit.attention_bwd, arguments, test_utils=tests)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
+def test_compile_without_graph_breaks():
+    inputs = random_op_inputs(2, 16, 8, 3, 3, margin=1e-4)
+    cotangent = normal(2, 16, 8, dtype=torch.float32)
+    op = partial(dydila_attention, backend="fused")
+    want, wanted = grads_of(op, inputs, cotangent)
+    compiled = torch.compile(lambda **z: op(**z) * 2, fullgraph=True)
+    out, grads = grads_of(compiled, inputs, cotangent / 2)
+    assert_close("out", out / 2, want, atol=1e-6, rtol=1e-6)
+    for name in inputs:
+        assert_close(name, grads[name], wanted[name], atol=1e-6, rtol=1e-6)

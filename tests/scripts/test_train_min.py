@@ -1,0 +1,420 @@
+"""train_min.py from the command line: from nothing to samples, its flags, its error lines."""
+
+import json
+import re
+import shutil
+import sys
+from collections import Counter
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import CONFIG, ROOT, RUN, finish, flags, start, torchrun
+
+import eval_min
+import sample_min
+import train_min
+from dydilit import PRESETS, Training, load_checkpoint
+from train_min import RECIPES
+
+TINY = flags(**asdict(CONFIG), **{k: v for k, v in asdict(RUN).items() if k not in ("data", "out")})
+SAMPLES = ["--samples=40", "--sampling-steps=3"]
+LEFT = ["ckpt.pt", "log.jsonl", "loss.png", "samples.md", "samples.npz", "samples.png"]
+
+# --------------------------------------------------------------------------------------------------
+# From nothing to samples.
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """The folder and the output of a `torchrun train_min.py` over two processes."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={out}"]
+    process = torchrun("--standalone", "--nproc_per_node=2", "train_min.py", *arguments)
+    stdout, stderr = finish(process)
+    assert process.returncode == 0, stderr
+    return out, stdout
+
+
+@pytest.fixture
+def again(finished, digits, script):
+    """again(out) runs the same command with --resume, in one process: its output."""
+
+    def call(out):
+        arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={out}", "--resume"]
+        code, stdout, stderr = script("train_min.py", *arguments)
+        assert code == 0, stderr
+        return stdout
+
+    return call
+
+
+def test_training_leaves_checkpoint_log_plot_and_samples(finished):
+    assert sorted(p.name for p in finished[0].iterdir()) == LEFT
+
+
+def test_the_plot_has_lines(finished):
+    with Image.open(finished[0] / "loss.png") as plot:
+        assert plot.width > 300 and len(plot.convert("RGB").getcolors(1 << 24)) > 2
+
+
+def test_samples_are_as_many_as_asked_and_every_class_equally_often(finished):
+    with np.load(finished[0] / "samples.npz") as npz:
+        images, labels = npz["arr_0"], npz["labels"]
+    assert images.dtype == np.uint8 and images.shape == (40, 8, 8, 1)
+    assert labels.dtype == np.int64 and Counter(labels.tolist()) == dict.fromkeys(range(10), 4)
+    assert images.std() > 10  # not blank
+
+
+def test_the_table_beside_the_samples_is_that_of_eval_min(finished, digits):
+    out, _ = finished
+    assert (out / "samples.md").read_text() == eval_min.report(out / "samples.npz", digits) + "\n"
+
+
+def test_the_end_says_how_good_the_samples_are(finished, digits):
+    out, stdout = finished
+    assert eval_min.summary(out / "samples.npz", digits) in stdout
+    assert stdout.count("Frechet distance") == 1, "one process speaks"
+
+
+def test_the_end_says_where_everything_is(finished):
+    out, stdout = finished
+    assert f"  {out}/samples.png\n" in stdout and f"{out}/samples.md\n" in stdout
+    assert {"ckpt.pt", "log.jsonl", "samples.npz", "loss.png"} <= set(stdout.split())
+
+
+def test_the_end_says_how_to_go_on_by_commands_that_exist(finished):
+    out, stdout = finished
+    commands = [line.split() for line in stdout.partition("Go on:\n")[2].splitlines()[:-1]]
+    assert [command[1] for command in commands] == ["sample_min.py", "train_min.py"]
+    args = sample_min.command_line().parse_args(commands[0][2:])
+    sample_min.check(args)
+    assert args.checkpoint == f"{out}/ckpt.pt"
+    assert train_min.parse(commands[1][2:])[0] == PRESETS["photos"]
+
+
+def test_finished_run_is_neither_trained_nor_sampled_again(finished, again, monkeypatch):
+    out, stdout = finished
+    names = ("ckpt.pt", "log.jsonl", "samples.npz", "samples.png")
+    before = {name: (out / name).read_bytes() for name in names}
+    monkeypatch.setattr(sample_min, "generate", None)
+    assert again(out) == stdout
+    assert {name: (out / name).read_bytes() for name in names} == before
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, and its images."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    with np.load(tmp_path / "out" / "samples.npz") as npz:
+        return tmp_path / "out", npz["arr_0"]
+
+
+def test_lost_samples_are_made_anew(copy, again):
+    out, before = copy
+    (out / "samples.npz").unlink()
+    again(out)
+    with np.load(out / "samples.npz") as npz:  # by one process; two made the others
+        assert abs(npz["arr_0"].astype(int) - before).max() <= 1
+
+
+def test_damaged_samples_are_made_anew(copy, again):
+    out, _ = copy
+    (out / "samples.npz").write_bytes(b"cut short")
+    again(out)
+    with np.load(out / "samples.npz") as npz:
+        assert len(npz["arr_0"]) == 40
+
+
+def test_samples_of_other_weights_are_made_anew(copy, again):
+    out, _ = copy
+    with np.load(out / "samples.npz") as npz:
+        other = str(npz["settings"]).replace('"weights": "', '"weights": "x')
+        np.savez(out / "samples.npz", **(dict(npz) | {"settings": np.array(other)}))
+    again(out)
+    with np.load(out / "samples.npz") as npz:
+        assert '"weights": "x' not in str(npz["settings"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The end, as a newcomer sees it.
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """The output of a run with the paths of its preset, in an empty folder; and this folder."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os; os.chdir({str(folder)!r}); "
+    code += "import train_min; train_min.main(sys.argv[1:])"
+    process = start("-c", code, *TINY, *SAMPLES)
+    stdout, stderr = finish(process)
+    assert process.returncode == 0, stderr
+    return stdout, folder
+
+
+def test_a_run_without_arguments_fits_80_columns(newcomer):
+    assert max(len(line) for line in newcomer[0].splitlines()[1:]) <= 80  # 0: the data's own line
+
+
+def test_a_run_without_arguments_has_the_paths_of_its_preset(newcomer):
+    stdout, folder = newcomer
+    assert "out/digits/samples.png" in stdout
+    assert sorted(p.name for p in (folder / "out" / "digits").iterdir()) == LEFT
+
+
+@pytest.mark.parametrize(("name", "classes"), [("digits", 10), ("photos", 2)])
+def test_a_missing_bundled_set_is_prepared_and_its_classes_counted(
+    name, classes, tmp_path, script, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    of_the_data = ("--num-classes", "--input-size", "--in-channels")
+    arguments = [a for a in TINY if not a.startswith(of_the_data)]
+    arguments += [f"--preset={name}", "--steps=1", "--samples=0", "--out=here"]
+    assert script("train_min.py", *arguments)[0] == 0
+    assert sorted(p.name for p in Path("here").iterdir()) == ["ckpt.pt", "log.jsonl"]
+    assert load_checkpoint("here/ckpt.pt")["config"]["num_classes"] == classes
+
+
+def test_a_set_of_the_same_name_elsewhere_is_not_prepared(tmp_path, script):
+    data = tmp_path / "digits"
+    code = script("train_min.py", *TINY, f"--data={data}", f"--out={tmp_path}/out")[0]
+    command = f"python data/digits/prepare.py --out {data}"
+    assert f"no prepared data set in {data}; make it: {command}" in code
+
+
+def test_the_end_of_a_run_on_latents_says_how_to_judge(latents, capsys, vae):
+    training = replace(RUN, data=str(latents.parent.parent / "set"), out="out")
+    text = train_min.judge(Path("out/samples.npz"), training)
+    assert text.endswith("python eval_min.py out/samples.npz REFERENCE.npz")
+
+
+# --------------------------------------------------------------------------------------------------
+# Packages that are not there.
+
+
+def test_import_loads_nothing_that_only_the_end_of_a_run_needs():
+    names = {"PIL", "sklearn", "matplotlib", "scipy", "safetensors", "experiments", "evaluation"}
+    code = f"import sys, train_min; print(*sorted({names} & {{*sys.modules}}))"
+    process = start("-c", code)
+    stdout, stderr = finish(process)
+    assert process.returncode == 0 and stdout == "\n", stdout + stderr
+
+
+def without(modules, digits, out, *arguments):
+    """A run of train_min.py in which these modules cannot be imported: process, stdout, stderr."""
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({modules})); "
+    code += "sys.argv[0] = 'train_min.py'; runpy.run_path('train_min.py', run_name='__main__')"
+    process = start("-c", code, *TINY, *SAMPLES, f"--data={digits}", f"--out={out}", *arguments)
+    return process, *finish(process)
+
+
+def test_without_pillow_a_run_does_not_begin(digits, tmp_path):
+    process, stdout, stderr = without(["PIL"], digits, tmp_path / "out")
+    assert process.returncode == 1 and stdout == ""
+    want = "train_min.py: error: samples.png needs Pillow: pip install pillow (or --samples 0)\n"
+    assert stderr == want
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_pillow_a_run_without_samples_is_fine(digits, tmp_path):
+    nothing = ["PIL", "matplotlib", "sklearn", "scipy"]
+    process, _, stderr = without(nothing, digits, tmp_path / "out", "--samples=0")
+    assert process.returncode == 0, stderr
+    assert (tmp_path / "out" / "ckpt.pt").exists() and "pip install" not in stderr
+
+
+def test_without_matplotlib_the_plot_is_left_out(digits, tmp_path):
+    process, stdout, stderr = without(["matplotlib"], digits, tmp_path / "out")
+    assert process.returncode == 0, stderr
+    assert stderr.startswith("no matplotlib: loss.png will not be drawn (pip install matplotlib)\n")
+    left = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert left == [name for name in LEFT if name != "loss.png"]
+    assert "loss.png" not in stdout and "samples.png" in stdout
+
+
+def test_without_scikit_learn_samples_are_not_judged(digits, tmp_path):
+    process, stdout, stderr = without(["sklearn"], digits, tmp_path / "out")
+    assert process.returncode == 0, stderr
+    want = "no scikit-learn: no figures of the samples (pip install scikit-learn)\n"
+    assert stderr.startswith(want)
+    left = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert left == [name for name in LEFT if name != "samples.md"]
+    assert "No figures of them: scikit-learn is missing." in stdout
+
+
+def test_without_scikit_learn_a_bundled_set_cannot_be_prepared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match="to prepare data/digits: pip install scikit-learn"):
+        train_min.check_packages(RECIPES["digits"], samples=0)
+
+
+def test_without_diffusers_latents_are_not_trained_on(latents, monkeypatch):
+    training = replace(RUN, data=str(latents.parent.parent / "set"))
+    assert train_min.check_packages(training, samples=8) == []
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match=r"pip install diffusers \(or --samples 0\)"):
+        train_min.check_packages(training, samples=8)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line.
+
+
+@pytest.fixture
+def help_of(script):
+    """help_of(*arguments) -> {flag: its text in --help}."""
+
+    def call(*arguments):
+        code, stdout, _ = script("train_min.py", "--help", *arguments)
+        assert code == 0
+        parts = re.split(r" (?=--[a-z])", " ".join(stdout.split()))
+        return {part.split()[0].rstrip(","): part for part in parts if part.startswith("--")}
+
+    return call
+
+
+@pytest.mark.parametrize("part", [PRESETS["digits"], RECIPES["digits"]], ids=["model", "training"])
+def test_help_lists_every_field_with_a_text_and_its_default(help_of, part):
+    texts = help_of()
+    for field in fields(part):
+        name = field.name.replace("_", "-")
+        assert f"--{name}" in texts
+        text = texts[f"--no-{name}" if field.type is bool else f"--{name}"]
+        default = f"(default {getattr(part, field.name)})"
+        assert default in text and len(text.partition(default)[0].split()) >= 4, text
+
+
+def test_help_of_a_preset_shows_its_own_defaults(help_of):
+    texts = help_of("--preset", "B/2")
+    assert "(default 512)" in texts["--hidden-size"]
+    assert "(default data/imagenet256)" in texts["--data"]
+
+
+def test_every_flag_reaches_its_field():
+    config = replace(CONFIG, patch_size=4, normalize=False, router_grad=False)
+    training = replace(
+        RUN,
+        data="a",
+        out="b",
+        micro_batch=4,
+        grad_clip=1.5,
+        label_dropout=0.2,
+        bf16=True,
+        seed=3,
+    )
+    given = asdict(config) | asdict(training)
+    default = asdict(PRESETS["digits"]) | asdict(RECIPES["digits"])
+    same = {key for key in given if given[key] == default[key]}
+    assert same <= {"input_size", "in_channels", "num_classes"}, "or the next line proves little"
+    assert train_min.parse(flags(**given))[:2] == (config, training)
+
+
+def test_without_flags_there_are_the_digits():
+    assert train_min.parse([])[:2] == (PRESETS["digits"], RECIPES["digits"])
+
+
+def test_the_papers_presets_have_the_papers_run():
+    assert train_min.parse(["--preset=S/2"])[:2] == (PRESETS["S/2"], Training())
+
+
+def test_the_command_that_continues_is_that_of_the_caller(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    got = train_min.again(["--preset=DiT-digits"], "-m experiments.train")
+    assert got == "torchrun -m experiments.train --preset=DiT-digits --resume"
+
+
+def test_the_callers_preset_and_on_eval_are_used(digits, tmp_path):
+    """As experiments/train.py calls it."""
+    given, seen = [], []
+
+    def preset(name):
+        given.append(name)
+        return replace(CONFIG, depth=2)
+
+    def on_eval(model, batch):
+        seen.append(model.config.depth)
+        return {"extra": 7}
+
+    arguments = [a for a in TINY if not a.startswith("--depth")]
+    arguments += ["--preset=mine-digits", f"--data={digits}", f"--out={tmp_path}", "--samples=0"]
+    training, npz = train_min.train_and_sample(arguments, preset, on_eval)
+    assert given == ["mine-digits"] and npz is None and training.out == str(tmp_path)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert set(seen) == {2} and last["extra"] == 7
+
+
+def test_a_variant_has_the_recipe_of_its_preset_and_a_folder_of_its_own():
+    training = train_min.parse(["--preset=mine-digits"], lambda name: CONFIG)[1]
+    assert training == replace(RECIPES["digits"], out="out/mine-digits")
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--preset=nope"],
+            "unknown preset 'nope'; known: S/2, B/2, L/2, pixels32, photos, digits",
+        ),
+        (["--hidden-size=18"], "hidden_size must be a multiple of 4"),
+        (["--patch-size=3"], "patch_size must divide input_size, got 3 and 8"),
+        (["--lr=-1"], "Training.lr must be"),
+        (["--label-dropout=1.5"], "Training.label_dropout must be"),
+        (["--steps=0"], "Training.steps must be"),
+        (["--num-classes=5"], "labels 0 .. 9, the model 5 classes"),
+        (["--in-channels=3"], "but the model reads uint8 (3, 8, 8)"),
+        (["--batch-size=10", "--micro-batch=3"], "batch_size 10 for 1 processes: not divisible"),
+        (
+            ["--data=nowhere"],
+            "no prepared data set in nowhere; "
+            "make it: python data/imagefolder/prepare.py ROOT --size 8",
+        ),
+        (["--samples=-1"], "--samples must be 0 or at least 2"),
+        (["--sampling-steps=1"], "--sampling-steps between 2 and 1000"),
+        (["--lr=1e30", "--warmup=0"], "step 1: loss"),
+    ],
+)
+def test_a_wrong_value_is_one_line(script, digits, tmp_path, arguments, message):
+    begin = [f"--data={digits}", *TINY, f"--out={tmp_path}/out"]
+    code, _, stderr = script("train_min.py", *begin, *arguments)
+    assert isinstance(code, str) and code.startswith("train_min.py: error: ") and "\n" not in code
+    assert message in code and "Traceback" not in stderr
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+WRONG_FLAGS = [["--hiden-size=16"], ["--depth=two"], ["--hidden=16"], ["--steps"]]
+
+
+@pytest.mark.parametrize("arguments", WRONG_FLAGS)
+def test_a_wrong_flag_is_a_line_that_names_it(script, arguments):
+    code, _, stderr = script("train_min.py", *arguments)
+    assert code == 2
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("train_min.py: error: ") and arguments[0].split("=")[0] in last
+
+
+def test_an_occupied_folder_is_one_line_and_stays(script, digits, tmp_path):
+    arguments = [*TINY, f"--data={digits}", f"--out={tmp_path}", "--samples=0"]
+    assert script("train_min.py", *arguments)[0] == 0  # the folder may exist, if it holds no run
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    code = script("train_min.py", *arguments)[0]
+    want = f"train_min.py: error: {tmp_path} holds a run; --resume continues it, --out"
+    assert code.startswith(want)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "command", [["train_min.py", "--preset=nope"], ["sample_min.py", "none.pt"]]
+)
+def test_an_error_is_exit_status_1_and_one_line_for_the_shell_too(command):
+    process = start(*command)
+    stdout, stderr = finish(process)
+    assert process.returncode == 1 and stdout == ""
+    assert re.fullmatch(rf"{command[0]}: error: [^\n]+\n", stderr)
