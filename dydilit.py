@@ -1020,9 +1020,10 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
         raise RuntimeError(f"no extension for {q.device.type} or for jvp and torch.func is here; "
                            "python setup.py build_ext --inplace")
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs[:5]))
-    fits = dtype.is_floating_point and (not q.is_cuda or  # the CPU's kernels have no limits
+    fits = not q.is_cuda or (  # the limits of the CUDA kernels; those of the CPU have none
         torch.cuda.get_device_capability(q.device) >= (8, 0) and dtype != torch.float64
         and q.shape[-1] <= BUILD["max_width"] and max(len(gamma), len(lam)) <= BUILD["max_choices"])
+    fits = fits and dtype.is_floating_point and dtype.itemsize > 1  # no float8
     if backend == "reference" or not built or not (fits or backend == "fused"):
         return dydila_reference(*inputs, normalize=normalize, router_grad=router_grad, eps=eps)
 
@@ -1035,9 +1036,8 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
     return out.to(v.dtype)
 
 def in_transform() -> bool:
-    """Whether torch.func transforms the caller, or forward mode differentiates it: the op has no
-    rules for them. Both questions are private, but torch offers no others."""
-    return (torch._C._are_functorch_transforms_active()
+    """Whether torch.func or forward-mode differentiation is at work; the op has no rules for it."""
+    return (torch._C._are_functorch_transforms_active()  # private, but torch offers no other way
             or torch.autograd.forward_ad._current_level >= 0)
 
 def no_autocast(x: Tensor):
@@ -1067,24 +1067,22 @@ def fake_forward(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, differen
             gamma.new_empty(2, B, N, len(lam)), gamma.new_empty(b, D + 1), gamma.new_empty(b, N))
 
 def save_for_backward(ctx, inputs, output):
-    *tensors, normalize, router_grad, eps = inputs
-    ctx.options = {"normalize": normalize, "router_grad": router_grad, "eps": eps}
     _out, *kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(*tensors, *kept)
+    ctx.save_for_backward(*inputs[:9], *kept)
+    ctx.options = dict(zip(("normalize", "router_grad", "eps"), inputs[9:]))
 
 def attention_backward(ctx, grad_out, *_):
     """Gradients of the nine tensors, and None for the three options."""
-    tensors, kept = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    tensors, kept = (saved := ctx.saved_tensors)[:9], saved[9:]  # may be read once
     if torch.is_grad_enabled():  # create_graph: the op has no second derivatives
         leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in tensors]
         out = dydila_reference(*leaves, **ctx.options)
         grads = torch.autograd.grad(out, leaves, grad_out, create_graph=True, allow_unused=True)
     else:
-        options = ctx.options.values()
-        grads = torch.ops.dydilit.attention_bwd(grad_out, *tensors, *options, *kept)
-    grads_of_routers = grads[7:] if ctx.options["router_grad"] else (None, None)
-    return *grads[:7], *grads_of_routers, None, None, None
+        grads = torch.ops.dydilit.attention_bwd(grad_out, *tensors, *ctx.options.values(), *kept)
+    given = 9 if ctx.options["router_grad"] else 7
+    return *grads[:given], *(None for _ in range(given, 12))
 
 def flops(q, *rest, backward=False, **_):
     """What FlopCounterMode counts on the Python path, from the shapes of the op's arguments."""
@@ -1095,7 +1093,6 @@ def flops(q, *rest, backward=False, **_):
 
 if FUSED_DEVICES:
     from torch.utils.flop_counter import register_flop_formula
-
     lib, ops = torch.library, torch.ops.dydilit
     lib.register_fake("dydilit::attention", lambda q, *_: q.new_empty(q.shape))
     lib.register_fake("dydilit::attention_fwd", fake_forward)
@@ -1122,13 +1119,12 @@ def grouped_mm(groups, projectors, index):
     return F.grouped_mm(groups.bfloat16(), projectors.bfloat16(), offs=ends)
 
 def project_without_counts(rows, projectors, index):
-    """project_by_index where nobody can count the rows of a route: in vmap, where all rows meet
-    every projector; and on the meta device, where one gives the same shapes and FLOPs."""
+    """project_by_index for vmap, where all rows meet every projector; and for the meta device,
+    where one projector gives the same shapes and FLOPs."""
     met = projectors[:1] if index.is_meta else projectors
     return sum(torch.where((index == i).unsqueeze(-1), rows @ w, 0) for i, w in enumerate(met))
 
 if __name__ == "__main__":  # python -m dydilit: which path runs here, and is it right?
     sys.modules["dydilit"] = sys.modules["__main__"]
     from support.fused import main
-
     main()

@@ -42,20 +42,20 @@ HOST_DEVICE float log2_of(float x) {
 #endif
 }
 
-// 2^x, within 1 ulp for -126 <= x <= 127. Below it goes to 0, above it stays 2^127: the result is
-// never infinite, but NaN for NaN. Each comparison is false for NaN, and lets it through.
+// 2^x for |x| < 2^22, within 1 ulp for -126 <= x <= 127, and NaN for NaN. Below it goes to 0, above
+// it stays near 2^127: the result is never infinite.
 HOST_DEVICE float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
   return exp2f(x > 127.0f ? 127.0f : x);
 #else
-  x = x < -127.0f ? -127.0f : x;
-  x = x > 127.0f ? 127.0f : x;
   // Floats of the size of 1.5 * 2^23 are the integers: the sum is rounded to one, n = round(x)
   const float offset = 12582912.0f + 127.0f;
   const float shifted = x + offset, f = x - (shifted - offset);  // f = x - n, in [-1/2, 1/2]
-  uint32_t n;
+  int32_t n;
   std::memcpy(&n, &shifted, 4);  // the bits of `shifted`: 0x4b400000 + 127 + round(x)
-  n <<= 23;                      // the bits of 2^round(x), or of 0 for round(x) = -127
+  n = n < 0x4b400000 ? 0x4b400000 : n;
+  n = n > 0x4b400000 + 254 ? 0x4b400000 + 254 : n;
+  n = int32_t(uint32_t(n) << 23);  // the bits of 2^round(x), or of 0 for round(x) = -127
   float two_n;
   std::memcpy(&two_n, &n, 4);
   const float f2 = f * f;
@@ -92,12 +92,12 @@ HOST_DEVICE T scale_of(T gamma, T largest, T smallest_positive) {
   return gamma < 0 ? (smallest_positive > least ? smallest_positive : least) : largest;
 }
 
-// The exponent of a row with this m. Above 1e6 only the largest r counts, and t has no more digits.
-// NaN and -infinity give NaN; but a row without a positive entry is 0 for every gamma.
+// The exponent of a row with this m: gamma, but at most 2^14 in size, the limit of exp2_of. NaN and
+// -infinity give NaN; but a row without a positive entry is 0 for every gamma.
 template <class T>
 HOST_DEVICE T exponent_of(T gamma, T m) {
-  const T capped = gamma > T(1e6) ? T(1e6) : gamma;
-  return m > 0 ? capped + (capped - capped) : T(1);
+  const T below = gamma > T(0x1p14) ? T(0x1p14) : gamma + (gamma - gamma);
+  return m > 0 ? (below < T(-0x1p14) ? T(-0x1p14) : below) : T(1);
 }
 
 // r = relu(z); NaN stays NaN
@@ -153,7 +153,8 @@ HOST_DEVICE T gate(T max) {
 // exp(logit - max), the numerator of the softmax
 template <class T>
 HOST_DEVICE T softmax_numerator(T logit, T max) {
-  return exp2_of((logit - max) * T(1 / LN2));
+  const T x = (logit - max) * T(1 / LN2);
+  return exp2_of(x < -2000 ? T(-2000) : x);  // exp2_of takes |x| < 2^22; 2^-2000 is 0 in every type
 }
 
 template <class T>

@@ -28,7 +28,7 @@ def test_opcheck_of_the_forward(small):
 
 
 def test_opcheck_of_the_operator_without_gradients(small):
-    torch.library.opcheck(torch.ops.dydilit.attention, (*small[:9], True, 1e-6))
+    torch.library.opcheck(torch.ops.dydilit.attention, (*small[:9], True, True, 1e-6))
 
 
 def test_opcheck_of_the_backward(small):
@@ -40,10 +40,11 @@ def test_opcheck_of_the_backward(small):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
-def test_compile_without_graph_breaks():
+@pytest.mark.parametrize("backend", ["fused", "auto"])
+def test_compile_without_graph_breaks(backend):
     inputs = random_op_inputs(2, 16, 8, 3, 3, margin=1e-4)
     cotangent = normal(2, 16, 8, dtype=torch.float32)
-    op = partial(dydila_attention, backend="fused")
+    op = partial(dydila_attention, backend=backend)
     want, wanted = grads_of(op, inputs, cotangent)
     compiled = torch.compile(lambda **z: op(**z) * 2, fullgraph=True)
     out, grads = grads_of(compiled, inputs, cotangent / 2)
