@@ -216,6 +216,19 @@ def test_extremes(case, dtype):
     check(tensors, dout, ATOL[dtype])
 
 
+@pytest.mark.parametrize("dtype", ATOL, ids=str)
+@pytest.mark.parametrize("gamma", [(0.5, 6.0), (-3.0, -0.5)], ids=str)
+def test_minus_zero_is_zero(gamma, dtype):
+    """In q; its bits are those of the smallest integer."""
+    tensors, dout = inputs(2, 9, 20, 3, 4, dtype, gamma=gamma)
+    zeros = [torch.where(x.abs() < 0.3, 0.0, x) for x in tensors[:4]]
+    minus = [torch.where(x.abs() < 0.3, -0.0, x) for x in tensors[:4]]
+    want = results([*zeros, *tensors[4:]], dout, "fused")
+    got = results([*minus, *tensors[4:]], dout, "fused")
+    for name, a, b in zip(NAMES, want, got):
+        assert torch.equal(a, b), name  # where 0 and -0 are equal
+
+
 def test_the_guard_of_the_denominator_has_the_right_gradient_where_it_is_engaged():
     tensors, dout = inputs(2, 30, 20, 3, 3, lam=(0.9, 1.1), seed=3)
     _, dq, *_, k_sum, den = torch.ops.dydilit.attention_fwd(*tensors, True, True, 1e-6)
@@ -343,6 +356,22 @@ def test_what_is_not_finite_goes_where_it_goes_in_the_python_path(N, D, name, va
             with torch.no_grad():
                 out = dydila_attention(*tensors, backend="fused", **options)
             assert torch.equal(out.isnan(), got[0].isnan())
+
+
+@pytest.mark.parametrize("D, gamma", [(384, -3.5), (16, -5.0)])
+def test_a_module_with_negative_gammas_has_the_gradients_of_float64(D, gamma):
+    """Also where the float32 of the Python path has none."""
+    torch.manual_seed(0)
+    model = DyDiLA(Config(hidden_size=D, n_kernels=3, n_lambdas=1, n_projectors=1))
+    model.gamma.data.fill_(gamma)
+    x, found = normal(2, 16, D), []
+    for dtype, model.backend in ((F64, "reference"), (F32, "fused")):
+        out = model.to(dtype)(x.to(dtype), (4, 4))
+        grads = torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)
+        found.append([out.detach(), *(g for g in grads if g is not None)])
+    for want, got in zip(*found):
+        assert got.isfinite().all()
+        assert (got - want).norm() <= 1e-2 * want.norm() + 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
