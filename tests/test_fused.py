@@ -614,15 +614,6 @@ def test_gradients_per_example_are_those_of_a_loop():
             assert torch.allclose(g[i], want, rtol=1e-9, atol=1e-9 * want.abs().max()), name
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
-@pytest.mark.parametrize("name", ["grad", "vmap of grad", "hessian"])
-def test_compiled_transforms_give_the_same(name):
-    with_backend, x = small_model("op")
-    f = TRANSFORMS[name](lambda x: with_backend("auto")(x).square().sum())
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(x), f(x), rtol=1e-9, atol=1e-9)
-
-
 def test_second_derivatives_under_activation_checkpointing():
     with_backend, x = small_model("op")
     op = with_backend("auto")
