@@ -135,7 +135,7 @@ def route(z: Tensor, router: Tensor, router_grad: bool = True) -> tuple[Tensor, 
         keeps the paper's values. Backward it is the gradient of log p, all that a router learns
         from (the paper does not say how its routers learn). router_grad=False: the constant 1.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z):
         logits = at_least_float32(z) @ at_least_float32(router)
         index = logits.argmax(-1)
         if not router_grad:
@@ -155,16 +155,16 @@ def routed_projection(x: Tensor, projectors: Tensor, router: Tensor,
     return (projected * gate.to(projected.dtype)).view_as(x)
 
 def project_by_index(rows: Tensor, projectors: Tensor, index: Tensor) -> Tensor:
-    """rows (M, D): row i times projectors[index[i]]. One product for each projector, over its rows;
-    nothing of size (M, n_P, D) is made."""
+    """rows (M, D): row i times projectors[index[i]], by one product for each projector."""
+    if index.is_meta or in_transform():
+        return project_without_counts(rows, projectors, index)
     order = index.argsort(stable=True)                       # rows of one projector become a group
     groups = rows.index_select(0, order)
     if grouped_mm_is_fast(rows):
         projected = grouped_mm(groups, projectors, index)
     else:
         counts = torch.bincount(index, minlength=len(projectors)).tolist()
-        pairs = zip(groups.split(counts), projectors)        # an unused projector's group is empty
-        projected = torch.cat([group @ w for group, w in pairs])
+        projected = torch.cat([z @ w for z, w in zip(groups.split(counts), projectors)])
     return torch.empty_like(projected).index_copy(0, order, projected)
 
 def measure(z: Tensor, gamma: Tensor, router: Tensor, router_grad: bool = True) -> Tensor:
@@ -214,7 +214,7 @@ def dydila_reference(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
     Q, K, Q', K' in this order; difference_routers (2, 2D, n_D) for Q, K.
     """
     # float32 inside: sums of products overflow in float16 and cancel in bfloat16
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         q_t = measure(q, gamma, kernel_routers[0], router_grad)                     # Eqs. 5, 6
         k_t = measure(k, gamma, kernel_routers[1], router_grad)
         qp_t = measure(q_prime, gamma, kernel_routers[2], router_grad)
@@ -984,6 +984,7 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
 
 BUILD = {}  # build_info() of the extension; empty without it
 FUSED_DEVICES = ()  # types of devices that it has kernels for
+NO_OP = ""  # why there is no extension, if one is found that does not fit
 try:
     import dydilit_C
 
@@ -991,10 +992,13 @@ try:
     if BUILD["torch"] != torch.__version__.split("+")[0]:
         raise ImportError(f"dydilit_C is for torch {BUILD['torch']}, this is {torch.__version__}")
     FUSED_DEVICES = ("cpu", "cuda") if BUILD["cuda_archs"] else ("cpu",)
-except ModuleNotFoundError:  # not built
-    pass
+except ModuleNotFoundError:  # not built, or not for this Python
+    for path in Path(__file__).parent.glob("dydilit_C*.so"):
+        NO_OP = f"{path.name} is for another Python"
 except ImportError as e:
-    print(f"dydilit: no fused op, the Python path instead ({e}); "
+    NO_OP = str(e)
+if NO_OP:
+    print(f"dydilit: no fused op, the Python path instead ({NO_OP}); "
           "python setup.py build_ext --inplace", file=sys.stderr)
 
 def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: Tensor,
@@ -1011,15 +1015,15 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
     check_shapes(*inputs)
     if backend not in ("auto", "reference", "fused"):
         raise ValueError(f"backend must be 'auto', 'reference' or 'fused', got {backend!r}")
-    jvp = torch.autograd.forward_ad._current_level >= 0  # private, but torch offers no other way
-    built = q.device.type in FUSED_DEVICES and not jvp
+    built = q.device.type in FUSED_DEVICES and not in_transform()
     if backend == "fused" and not built:
-        raise RuntimeError(f"no extension for {q.device.type} or for jvp is here; "
+        raise RuntimeError(f"no extension for {q.device.type} or for jvp and torch.func is here; "
                            "python setup.py build_ext --inplace")
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs[:5]))
     fits = not q.is_cuda or (  # the limits of the CUDA kernels; those of the CPU have none
         torch.cuda.get_device_capability(q.device) >= (8, 0) and dtype != torch.float64
         and q.shape[-1] <= BUILD["max_width"] and max(len(gamma), len(lam)) <= BUILD["max_choices"])
+    fits = fits and dtype.is_floating_point and dtype.itemsize > 1  # no float8
     if backend == "reference" or not built or not (fits or backend == "fused"):
         return dydila_reference(*inputs, normalize=normalize, router_grad=router_grad, eps=eps)
 
@@ -1028,8 +1032,17 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         out = torch.ops.dydilit.attention_fwd(*tensors, normalize, router_grad, eps)[0]
     else:  # keeps nothing for a backward
-        out = torch.ops.dydilit.attention(*tensors, normalize, eps)
+        out = torch.ops.dydilit.attention(*tensors, normalize, router_grad, eps)
     return out.to(v.dtype)
+
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work; the op has no rules for it."""
+    return (torch._C._are_functorch_transforms_active()  # private, but torch offers no other way
+            or torch.autograd.forward_ad._current_level >= 0)
+
+def no_autocast(x: Tensor):
+    """Within it no autocast acts on x's device. The meta device has no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 def check_shapes(q, *rest):
     """ValueError unless the nine tensors of dydila_attention fit together."""
@@ -1054,35 +1067,41 @@ def fake_forward(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, differen
             gamma.new_empty(2, B, N, len(lam)), gamma.new_empty(b, D + 1), gamma.new_empty(b, N))
 
 def save_for_backward(ctx, inputs, output):
-    *tensors, ctx.normalize, ctx.router_grad, ctx.eps = inputs
     _out, *kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(*tensors, *kept)
+    ctx.save_for_backward(*inputs[:9], *kept)
+    ctx.options = dict(zip(("normalize", "router_grad", "eps"), inputs[9:]))
 
 def attention_backward(ctx, grad_out, *_):
     """Gradients of the nine tensors, and None for the three options."""
-    (q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
-     dq, dk, attn, kernel_logits, difference_logits, k_sum, den) = ctx.saved_tensors
-    *grads, grad_kernel_routers, grad_difference_routers = torch.ops.dydilit.attention_bwd(
-        grad_out, q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
-        ctx.normalize, ctx.router_grad, ctx.eps,
-        dq, dk, attn, kernel_logits, difference_logits, k_sum, den)
-    if not ctx.router_grad:
-        grad_kernel_routers = grad_difference_routers = None
-    return *grads, grad_kernel_routers, grad_difference_routers, None, None, None
+    tensors, kept = (saved := ctx.saved_tensors)[:9], saved[9:]  # may be read once
+    if torch.is_grad_enabled():  # create_graph: the op has no second derivatives
+        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in tensors]
+        out = dydila_reference(*leaves, **ctx.options)
+        grads = torch.autograd.grad(out, leaves, grad_out, create_graph=True, allow_unused=True)
+    else:
+        grads = torch.ops.dydilit.attention_bwd(grad_out, *tensors, *ctx.options.values(), *kept)
+    given = 9 if ctx.options["router_grad"] else 7
+    return *grads[:given], *(None for _ in range(given, 12))
 
-def no_second_backward(ctx, *_):
-    raise RuntimeError("the fused op has no second derivatives; backend='reference' has")
+def flops(q, *rest, backward=False, **_):
+    """What FlopCounterMode counts on the Python path, from the shapes of the op's arguments."""
+    (B, N, D), (n_F,), (n_D,), normalize, router_grad = q, *rest[4:6], *rest[8:10]
+    routers = 8 * B * N * D * (n_F + n_D)
+    products = 2 * B * N * D * (2 * min(N, D) + normalize)
+    return 2 * (products + router_grad * routers) if backward else products + routers
 
 if FUSED_DEVICES:
-    lib = torch.library
+    from torch.utils.flop_counter import register_flop_formula
+    lib, ops = torch.library, torch.ops.dydilit
     lib.register_fake("dydilit::attention", lambda q, *_: q.new_empty(q.shape))
     lib.register_fake("dydilit::attention_fwd", fake_forward)
     lib.register_fake("dydilit::attention_bwd",
                       lambda grad_out, *x: tuple(z.new_empty(z.shape) for z in x[:9]))
     lib.register_autograd("dydilit::attention_fwd", attention_backward,
                           setup_context=save_for_backward)
-    lib.register_autograd("dydilit::attention_bwd", no_second_backward)
+    register_flop_formula([ops.attention, ops.attention_fwd])(flops)
+    register_flop_formula(ops.attention_bwd)(lambda grad_out, *x, **_: flops(*x, backward=True))
 
 def grouped_mm_is_fast(rows):
     """On Hopper, in bfloat16, F.grouped_mm is one kernel. On older GPUs it is a loop that waits for
@@ -1098,3 +1117,14 @@ def grouped_mm(groups, projectors, index):
     routes = torch.arange(len(projectors), device=index.device).unsqueeze(1)
     ends = (index <= routes).sum(1).int()  # where the group of each route ends
     return F.grouped_mm(groups.bfloat16(), projectors.bfloat16(), offs=ends)
+
+def project_without_counts(rows, projectors, index):
+    """project_by_index for vmap, where all rows meet every projector; and for the meta device,
+    where one projector gives the same shapes and FLOPs."""
+    met = projectors[:1] if index.is_meta else projectors
+    return sum(torch.where((index == i).unsqueeze(-1), rows @ w, 0) for i, w in enumerate(met))
+
+if __name__ == "__main__":  # python -m dydilit: which path runs here, and is it right?
+    sys.modules["dydilit"] = sys.modules["__main__"]
+    from support.fused import main
+    main()

@@ -20,7 +20,13 @@ DISPATCH void Rows<T>::phi(int64_t rows, int64_t D, const T* z, int64_t ldz, con
     T m = 0;  // m = max_j relu(z_j)
 #pragma omp simd reduction(max : m)
     for (int64_t j = 0; j < D; j++) m = z[j] > m ? z[j] : m;
-    const T inv_m = reciprocal(m), g = gamma[i];
+    if (gamma[i] < 0) {
+      T least = m;  // the smallest positive z_j
+#pragma omp simd reduction(min : least)
+      for (int64_t j = 0; j < D; j++) least = (z[j] > 0) & (z[j] < least) ? z[j] : least;
+      m = scale_of(gamma[i], m, least);
+    }
+    const T inv_m = reciprocal(m), g = exponent_of(gamma[i], m);
 #pragma omp simd
     for (int64_t j = 0; j < D; j++) {
       y[j] = relu(z[j]) * inv_m;  // t = r / m
@@ -35,7 +41,7 @@ DISPATCH void Rows<T>::phi(int64_t rows, int64_t D, const T* z, int64_t ldz, con
       tt += t * t;
       pp += y[j] * y[j];
     }
-    stats[i] = {m, std::sqrt(tt), std::sqrt(pp)};  // m, s = |t|, n = |p|
+    stats[i] = {m, std::sqrt(tt), std::sqrt(pp)};  // s = |t|, n = |p|
     const T scale = stats[i].scale();
     for (int64_t j = 0; j < D; j++) y[j] *= scale;  // y = (m s / n) p = (|r| / |p|) p (Eq. 5)
   }
@@ -63,7 +69,7 @@ DISPATCH void Rows<T>::phi_backward(int64_t rows, int64_t D, const T* z, int64_t
 }
 
 template <class T>
-DISPATCH void Rows<T>::choose(int64_t rows, int64_t n, const T* logits, const T* values,
+DISPATCH void Rows<T>::choose(int64_t rows, int64_t n, const T* logits, const T* values, bool gated,
                               int32_t* index, T* chosen) {
   for (int64_t i = 0; i < rows; i++, logits += n) {
     int32_t best = 0;
@@ -75,19 +81,21 @@ DISPATCH void Rows<T>::choose(int64_t rows, int64_t n, const T* logits, const T*
       best = more ? j : best;
       largest = more ? logits[j] : largest;
     }
-    index[i] = best;           // arg max (Eqs. 6 and 7)
-    chosen[i] = values[best];  // gamma or lambda, times a gate that is 1
+    index[i] = best;  // arg max (Eqs. 6 and 7)
+    chosen[i] = gated ? values[best] * gate(largest) : values[best];
   }
 }
 
 template <class T>
 DISPATCH void Rows<T>::choose_backward(int64_t rows, int64_t n, const T* logits, const T* values,
-                                       const int32_t* index, const T* dchosen, T* dvalues,
-                                       T* dlogits) {
+                                       bool gated, const int32_t* index, const T* dchosen,
+                                       T* dvalues, T* dlogits) {
   for (int64_t i = 0; i < rows; i++, logits += n, dlogits += n) {
     const int32_t best = index[i];
     const T max = logits[best], dgate = dchosen[i] * values[best];
-    dvalues[best] += dchosen[i];  // dgamma or dlambda of the chosen index
+    // dgamma or dlambda of the chosen index
+    dvalues[best] += gated ? dchosen[i] * gate(max) : dchosen[i];
+    if (!gated) continue;
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; j++) {

@@ -28,11 +28,11 @@ struct Rows {
                            T* dz, int64_t lddz, T* dgamma);
 
   // index = arg max of the logits (rows, n), the lowest index in a tie; chosen = values[index]: the
-  // gamma of Eq. 6 or the lambda of Eq. 7
-  static void choose(int64_t rows, int64_t n, const T* logits, const T* values, int32_t* index,
-                     T* chosen);
+  // gamma of Eq. 6 or the lambda of Eq. 7, times its gate if there is one
+  static void choose(int64_t rows, int64_t n, const T* logits, const T* values, bool gated,
+                     int32_t* index, T* chosen);
   // From dchosen (rows): dvalues (n) += and dlogits (rows, n)
-  static void choose_backward(int64_t rows, int64_t n, const T* logits, const T* values,
+  static void choose_backward(int64_t rows, int64_t n, const T* logits, const T* values, bool gated,
                               const int32_t* index, const T* dchosen, T* dvalues, T* dlogits);
 
   // d = y - lambda y' (Eq. 8); pair (rows, 2D) holds y and y' side by side

@@ -187,14 +187,15 @@ struct Side {
 // d (rows, D) = the differenced tokens of a block (Eqs. 5 to 8). `next` are the rows that the
 // caller reads afterwards.
 template <class S, class T>
-void side_forward(const Shape& s, const Side<S, T, T>& side, Block x, Scratch<T>& w, T* d,
-                  Ahead next) {
+void side_forward(const Shape& s, const Side<S, T, T>& side, bool router_grad, Block x,
+                  Scratch<T>& w, T* d, Ahead next) {
   for (int prime : {0, 1}) {
     const auto z = widen<S, T>(side.z[prime], x.row, x.rows, s.D, w.z[prime]);
     T* logits = side.logits[prime] + x.row * s.n_F;
     // logits = z R_F; gamma = that of the arg max (Eq. 6); y = phi(z; gamma) (Eq. 5)
     gemm<T>().dots(x.rows, s.n_F, s.D, z.data, z.ld, side.router[prime], s.D, logits, s.n_F);
-    Rows<T>::choose(x.rows, s.n_F, logits, side.gamma, w.kernel_index[prime], w.gamma[prime]);
+    Rows<T>::choose(x.rows, s.n_F, logits, side.gamma, router_grad, w.kernel_index[prime],
+                    w.gamma[prime]);
     Rows<T>::phi(x.rows, s.D, z.data, z.ld, w.gamma[prime], w.pair + prime * s.D, 2 * s.D, w.u, w.l,
                  0, w.stats[prime], prime ? next : ahead(side.z[1], x.row, s.D));
   }
@@ -202,7 +203,7 @@ void side_forward(const Shape& s, const Side<S, T, T>& side, Block x, Scratch<T>
   T* logits = side.difference_logits + x.row * s.n_D;
   gemm<T>().dots(x.rows, s.n_D, 2 * s.D, w.pair, 2 * s.D, side.difference_router, 2 * s.D, logits,
                  s.n_D);
-  Rows<T>::choose(x.rows, s.n_D, logits, side.lam, w.difference_index, w.lam);
+  Rows<T>::choose(x.rows, s.n_D, logits, side.lam, router_grad, w.difference_index, w.lam);
   Rows<T>::difference(x.rows, s.D, w.pair, w.lam, d);
 }
 
@@ -226,17 +227,17 @@ void side_backward(const Shape& s, const Side<S, T, const T>& side, bool router_
   View<const T> z[2];
   for (int prime : {0, 1}) {  // y and y' again: cheaper than to keep them
     z[prime] = widen<S, T>(side.z[prime], x.row, x.rows, s.D, w.z[prime]);
-    Rows<T>::choose(x.rows, s.n_F, side.logits[prime] + x.row * s.n_F, side.gamma,
+    Rows<T>::choose(x.rows, s.n_F, side.logits[prime] + x.row * s.n_F, side.gamma, router_grad,
                     w.kernel_index[prime], w.gamma[prime]);
     Rows<T>::phi(x.rows, s.D, z[prime].data, z[prime].ld, w.gamma[prime], w.pair + prime * s.D,
                  2 * s.D, w.u + prime * s.D, w.l + prime * s.D, 2 * s.D, w.stats[prime]);
   }
   const T* logits = side.difference_logits + x.row * s.n_D;
-  Rows<T>::choose(x.rows, s.n_D, logits, side.lam, w.difference_index, w.lam);
+  Rows<T>::choose(x.rows, s.n_D, logits, side.lam, router_grad, w.difference_index, w.lam);
   // Eq. 8: (dy, dy') = (dd, -lambda dd), dlambda; Eq. 7: dlambda -> dlogits
   Rows<T>::difference_backward(x.rows, s.D, w.pair, w.lam, dd, w.dpair, w.dchosen);
-  Rows<T>::choose_backward(x.rows, s.n_D, logits, side.lam, w.difference_index, w.dchosen,
-                           sums.dlam, w.dlogits);
+  Rows<T>::choose_backward(x.rows, s.n_D, logits, side.lam, router_grad, w.difference_index,
+                           w.dchosen, sums.dlam, w.dlogits);
   if (router_grad) {  // dR_D^T += dlogits^T (y, y'), (dy, dy') += dlogits R_D^T
     const int64_t n = s.n_D, D2 = 2 * s.D;
     gemm<T>().add_product(n, D2, x.rows, w.dlogits, 1, n, w.pair, D2, sums.ddifference_router, D2,
@@ -253,7 +254,8 @@ void side_backward(const Shape& s, const Side<S, T, const T>& side, bool router_
                           w.u + prime * s.D, w.l + prime * s.D, dy, 2 * s.D, to.data, to.ld,
                           w.dchosen);
     Rows<T>::choose_backward(x.rows, s.n_F, side.logits[prime] + x.row * s.n_F, side.gamma,
-                             w.kernel_index[prime], w.dchosen, sums.dgamma, w.dlogits);
+                             router_grad, w.kernel_index[prime], w.dchosen, sums.dgamma,
+                             w.dlogits);
     if (router_grad) {  // dR_F^T += dlogits^T z, dz += dlogits R_F^T
       const int64_t n = s.n_F;
       gemm<T>().add_product(n, s.D, x.rows, w.dlogits, 1, n, z[prime].data, z[prime].ld,
@@ -315,7 +317,7 @@ template <class S, class T>
 Forward forward(bool keep, const Shape& s, const Tensor& q, const Tensor& k, const Tensor& q_prime,
                 const Tensor& k_prime, const Tensor& v, const Tensor& gamma, const Tensor& lam,
                 const Tensor& kernel_routers_t, const Tensor& difference_routers_t, bool normalize,
-                T eps) {
+                bool router_grad, T eps) {
   const int64_t B = s.B, N = s.N, D = s.D, width = s.tokens_first ? N : D,
                 per_image = blocks_per_image(N);
   const auto wide = q.options().dtype(c10::CppTypeToScalarType<T>::value);
@@ -339,7 +341,7 @@ Forward forward(bool keep, const Shape& s, const Tensor& q, const Tensor& k, con
     // Keys: Dk (Eqs. 5 to 8), its sums (Eq. 4); V packed
     for_blocks<T>(s, g, N, [&](Scratch<T>& w, Block x) {
       T* d = keep_dk ? Dk + x.row * D : w.dpair;
-      side_forward(s, keys, x, w, d, ahead(view<S>(v), x.row, D));
+      side_forward(s, keys, router_grad, x, w, d, ahead(view<S>(v), x.row, D));
       if (s.tokens_first) Dk_t.put_columns(x.slot, x.first, x.rows, d, D);
       if (normalize)
         Rows<T>::sum_keys(x.rows, D, d, k_sums.mutable_data_ptr<T>() + x.index * (D + 1));
@@ -360,7 +362,7 @@ Forward forward(bool keep, const Shape& s, const Tensor& q, const Tensor& k, con
       T *d = keep ? Dq + x.row * D : w.dpair, *a = keep_attn ? A + x.row * N : w.other;
       S* o = out.mutable_data_ptr<S>() + x.row * D;
       const View<T> num = target(o, D, View<T>{w.row, D});
-      side_forward(s, queries, x, w, d, ahead(queries.z[0], x.row + x.rows, D));
+      side_forward(s, queries, router_grad, x, w, d, ahead(queries.z[0], x.row + x.rows, D));
       if (s.tokens_first) {  // A = Dq Dk^T, num = A V (Eq. 8)
         Dk_t.multiply(x.slot, x.rows, d, D, a, N, w);
         V.multiply(x.slot, x.rows, a, N, num.data, D, w);
@@ -503,7 +505,7 @@ Backward backward(const Shape& s, const Tensor& dout, const Tensor& q, const Ten
 Forward run_forward(bool keep, const Tensor& q, const Tensor& k, const Tensor& q_prime,
                     const Tensor& k_prime, const Tensor& v, const Tensor& gamma, const Tensor& lam,
                     const Tensor& kernel_routers, const Tensor& difference_routers, bool normalize,
-                    double eps) {
+                    bool router_grad, double eps) {
   const Shape s = check(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers);
   return AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, q.scalar_type(), "dydilit::attention", [&] {
@@ -511,24 +513,26 @@ Forward run_forward(bool keep, const Tensor& q, const Tensor& k, const Tensor& q
         return forward<scalar_t, T>(keep, s, even_rows(q), even_rows(k), even_rows(q_prime),
                                     even_rows(k_prime), even_rows(v), gamma.contiguous(),
                                     lam.contiguous(), kernel_routers.mT().contiguous(),
-                                    difference_routers.mT().contiguous(), normalize, T(eps));
+                                    difference_routers.mT().contiguous(), normalize, router_grad,
+                                    T(eps));
       });
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& q_prime, const Tensor& k_prime,
                  const Tensor& v, const Tensor& gamma, const Tensor& lam,
                  const Tensor& kernel_routers, const Tensor& difference_routers, bool normalize,
-                 double eps) {
+                 bool router_grad, double eps) {
   return std::get<0>(run_forward(false, q, k, q_prime, k_prime, v, gamma, lam, kernel_routers,
-                                 difference_routers, normalize, eps));
+                                 difference_routers, normalize, router_grad, eps));
 }
 
 Forward attention_fwd(const Tensor& q, const Tensor& k, const Tensor& q_prime,
                       const Tensor& k_prime, const Tensor& v, const Tensor& gamma,
                       const Tensor& lam, const Tensor& kernel_routers,
-                      const Tensor& difference_routers, bool normalize, bool, double eps) {
+                      const Tensor& difference_routers, bool normalize, bool router_grad,
+                      double eps) {
   return run_forward(true, q, k, q_prime, k_prime, v, gamma, lam, kernel_routers,
-                     difference_routers, normalize, eps);
+                     difference_routers, normalize, router_grad, eps);
 }
 
 Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& q_prime,

@@ -274,6 +274,17 @@ __device__ __forceinline__ void row_max(float (&x)[K], float* buffer, const Plac
     for (int w = 0; w < at.warps; w++) x[k] = fmaxf(x[k], buffer[(w * TILE + at.g) * K + k]);
 }
 
+// extremes = {the largest r, minus the smallest positive one} of z, as far as this thread has it
+template <int COLUMNS>
+__device__ __forceinline__ void extremes_of(const float (&z)[COLUMNS], float* extremes) {
+  extremes[0] = 0, extremes[1] = -FLT_MAX;
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) {
+    extremes[0] = fmaxf(extremes[0], z[i]);
+    extremes[1] = fmaxf(extremes[1], z[i] > 0 ? -z[i] : -FLT_MAX);
+  }
+}
+
 // arg max of the logits (Eqs. 6 and 7): the lowest index in a tie, the first NaN if there is one
 __device__ __forceinline__ int choose(const float* logits, int n) {
   int best = 0;
@@ -281,6 +292,12 @@ __device__ __forceinline__ int choose(const float* logits, int n) {
   for (int j = 1; j < n; j++)
     best = !(logits[j] <= logits[best]) && logits[best] == logits[best] ? j : best;
   return best;
+}
+
+// gamma or lambda of this choice, times its gate if there is one
+__device__ __forceinline__ float chosen(const float* values, const float* logits, int best,
+                                        bool gated) {
+  return gated ? values[best] * gate(logits[best]) : values[best];
 }
 
 // Offsets into the shared memory of a block, in floats: buffers for sums and maxima over a token,
@@ -292,9 +309,9 @@ struct Shared {
       : warps(warps), stride_F(padded(n_F) + 1), stride_D(padded(n_D) + 1) {}
   __host__ __device__ int sums() const { return 0; }                   // (warps, 8, 4)
   __host__ __device__ int sums2() const { return warps * TILE * 4; }   // (warps, 8, 2)
-  __host__ __device__ int maxima() const { return warps * TILE * 6; }  // (warps, 8, 2)
+  __host__ __device__ int maxima() const { return warps * TILE * 6; }  // (warps, 8, 4)
   __host__ __device__ int kernel(int prime) const {
-    return warps * TILE * 8 + prime * TILE * stride_F;
+    return warps * TILE * 10 + prime * TILE * stride_F;
   }
   __host__ __device__ int difference() const { return kernel(2); }
   __host__ __device__ int partial() const {
@@ -370,21 +387,21 @@ __global__ void __launch_bounds__(MAX_THREADS)
     __syncthreads();
   }
 
-  float m[2] = {0, 0}, sums[4] = {0, 0, 0, 0};  // m = max r; |t|^2, |p|^2, |t'|^2, |p'|^2
+  float extremes[4], m[2], sums[4] = {0, 0, 0, 0};  // |t|^2, |p|^2, |t'|^2, |p'|^2
 #pragma unroll
-  for (int prime = 0; prime < 2; prime++)
-#pragma unroll
-    for (int i = 0; i < 8 * GROUPS; i++) m[prime] = fmaxf(m[prime], z[prime][i]);
-  row_max(m, shared + memory.maxima(), at);
+  for (int prime = 0; prime < 2; prime++) extremes_of(z[prime], extremes + 2 * prime);
+  row_max(extremes, shared + memory.maxima(), at);
 #pragma unroll
   for (int prime = 0; prime < 2; prime++) {
+    const float* logits = shared + memory.kernel(prime) + at.g * memory.stride_F;
     const float gamma =  // of the arg max (Eq. 6)
-        in.gamma[choose(shared + memory.kernel(prime) + at.g * memory.stride_F, in.n_F)];
-    const float inv_m = reciprocal(m[prime]);
+        chosen(in.gamma, logits, choose(logits, in.n_F), in.router_grad);
+    m[prime] = scale_of(gamma, extremes[2 * prime], -extremes[2 * prime + 1]);
+    const float inv_m = reciprocal(m[prime]), exponent = exponent_of(gamma, m[prime]);
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
-      const float t = relu(z[prime][i]) * inv_m;            // t = r / m
-      z[prime][i] = t * power_less_one(log2_of(t), gamma);  // p = t^gamma (Eq. 5)
+      const float t = relu(z[prime][i]) * inv_m;               // t = r / m
+      z[prime][i] = t * power_less_one(log2_of(t), exponent);  // p = t^gamma (Eq. 5)
       sums[2 * prime] += t * t;
       sums[2 * prime + 1] += z[prime][i] * z[prime][i];
     }
@@ -413,7 +430,8 @@ __global__ void __launch_bounds__(MAX_THREADS)
   }
 
   // lambda = that of the arg max (Eq. 7); d = z~ - lambda z~' (Eq. 8)
-  const float lam = in.lam[choose(shared + memory.difference() + at.g * memory.stride_D, in.n_D)];
+  const float* logits = shared + memory.difference() + at.g * memory.stride_D;
+  const float lam = chosen(in.lam, logits, choose(logits, in.n_D), in.router_grad);
 #pragma unroll
   for (int i = 0; i < 8 * GROUPS; i++) z[0][i] -= lam * z[1][i];
 #pragma unroll
@@ -424,9 +442,9 @@ __global__ void __launch_bounds__(MAX_THREADS)
 
 // The backward of the gate (phi.h), by one warp for the 8 tokens of a tile. `list` and `out` are
 // those of this lane's token: the logits in `list` become dlogits; `out`, if not null, receives
-// them as dlogit_parts numbers each.
+// them as dlogit_parts numbers each. Returns the gate.
 template <class S>
-__device__ __forceinline__ void gate_backward(float* list, int n, int best, float dgate, S* out,
+__device__ __forceinline__ float gate_backward(float* list, int n, int best, float dgate, S* out,
                                               int t) {
   const int columns = padded(n);
   const float max = list[best];
@@ -447,6 +465,7 @@ __device__ __forceinline__ void gate_backward(float* list, int n, int best, floa
       d -= to_float(out[part * columns + j]);
     }
   }
+  return gate(max);
 }
 
 // The backward of Eqs. 8 to 5. Grid and block as in features_kernel. The tokens are read again and
@@ -483,58 +502,59 @@ __global__ void __launch_bounds__(MAX_THREADS)
   __syncthreads();
   float* of_difference = shared + memory.difference() + at.g * memory.stride_D;
   const int best_D = choose(of_difference, in.n_D);
-  const float lam = in.lam[best_D];
+  const float lam = chosen(in.lam, of_difference, best_D, in.router_grad);
 
 #pragma unroll  // as a loop it would keep the addresses of its next round in registers, and spill
   for (int prime = 1; prime >= 0; prime--) {
     const int router = side + 2 * prime;
     float* of_kernel = shared + memory.kernel(prime) + at.g * memory.stride_F;
     const int best_F = choose(of_kernel, in.n_F);
-    const float gamma = in.gamma[best_F];
+    const float gamma = chosen(in.gamma, of_kernel, best_F, in.router_grad);
     const Tokens<T> tokens = of(in.z, side, prime);
     float t[8 * GROUPS], u[8 * GROUPS], l[8 * GROUPS], g[8 * GROUPS];  // g = dd, then dz~, then dz
-    float m[1] = {0}, sums[4] = {0, 0, 0, 0};  // |t|^2, |p|^2, h = <p, p l>, <dd, p>
+    float extremes[2], sums[4] = {0, 0, 0, 0};  // |t|^2, |p|^2, h = <p, p l>, <dd, p>
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
       load(tokens.data + safe_row * tokens.ld, at.column(group), width, in.vector, t + 8 * group);
       load((side ? grad.ddk : grad.ddq) + safe_row * D, at.column(group), width, in.vector,
            g + 8 * group);
     }
-#pragma unroll
-    for (int i = 0; i < 8 * GROUPS; i++) m[0] = fmaxf(m[0], t[i]);
-    row_max(m, shared + memory.maxima(), at);
-    const float inv_m = reciprocal(m[0]);
+    extremes_of(t, extremes);
+    row_max(extremes, shared + memory.maxima(), at);
+    const float m = scale_of(gamma, extremes[0], -extremes[1]);
+    const float inv_m = reciprocal(m), exponent = exponent_of(gamma, m);
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
-      t[i] = relu(t[i]) * inv_m;           // t = r / m
-      l[i] = log2_of(t[i]);                // l = log2 t
-      u[i] = power_less_one(l[i], gamma);  // u = t^(gamma - 1)
-      const float p = t[i] * u[i];         // p = t^gamma
+      t[i] = relu(t[i]) * inv_m;              // t = r / m
+      l[i] = log2_of(t[i]);                   // l = log2 t
+      u[i] = power_less_one(l[i], exponent);  // u = t^(gamma - 1)
+      const float p = t[i] * u[i];            // p = t^gamma
       sums[0] += t[i] * t[i];
       sums[1] += p * p;
       sums[2] += p * (p * l[i]);
       sums[3] += g[i] * p;
     }
     row_sum(sums, shared + memory.sums(), at);
-    const PhiRow<float> stats{m[0], sqrtf(sums[0]), sqrtf(sums[1])};
+    const PhiRow<float> stats{m, sqrtf(sums[0]), sqrtf(sums[1])};
 
     if (prime) {
       const float dlam = -stats.scale() * sums[3];  // dlambda = -<dd, z~'> (Eq. 8)
       if (at.warp == 0) {
-        if (grad.router_grad)
-          gate_backward(of_difference, in.n_D, best_D, dlam * lam,
-                        width ? grad.difference_dlogits +
-                                    (side * rows + row) * dlogit_parts<S> * padded(in.n_D)
-                              : nullptr,
-                        at.t);
+        float gate = 1;
+        if (in.router_grad)
+          gate = gate_backward(of_difference, in.n_D, best_D, dlam * lam,
+                               width ? grad.difference_dlogits +
+                                           (side * rows + row) * dlogit_parts<S> * padded(in.n_D)
+                                     : nullptr,
+                               at.t);
         if (at.t == 0 && width) {
-          grad.dchosen[(4 + side) * rows + row] = dlam;
+          grad.dchosen[(4 + side) * rows + row] = dlam * gate;
           grad.index[(4 + side) * rows + row] = best_D;
         }
       }
     }
     __syncthreads();
-    if (grad.router_grad) {
+    if (in.router_grad) {
       S* pair = grad.pair + (side * rows + safe_row) * 2 * D + prime * D;
 #pragma unroll
       for (int group = 0; group < GROUPS; group++) {
@@ -548,7 +568,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++)
       g[i] *= prime ? -lam : 1.0f;  // dz~ = dd, dz~' = -lambda dd
-    if (grad.router_grad)           // += dlogits R_D^T (Eq. 7)
+    if (in.router_grad)           // += dlogits R_D^T (Eq. 7)
       add_dlogits<P>(
           g, in.difference_routers + of_D.at(2 * side + prime, 0, at.warp * GROUPS, at.lane), of_D,
           of_difference, at.t);
@@ -564,19 +584,20 @@ __global__ void __launch_bounds__(MAX_THREADS)
     for (int i = 0; i < 8 * GROUPS; i++) g[i] = back.dz(g[i], t[i], u[i]);  // dz~ -> dz (Eq. 5)
 
     if (at.warp == 0) {
-      if (grad.router_grad)
-        gate_backward(
+      float gate = 1;
+      if (in.router_grad)
+        gate = gate_backward(
             of_kernel, in.n_F, best_F, back.dgamma * gamma,
             width ? grad.kernel_dlogits + (router * rows + row) * dlogit_parts<S> * padded(in.n_F)
                   : nullptr,
             at.t);
       if (at.t == 0 && width) {
-        grad.dchosen[router * rows + row] = back.dgamma;
+        grad.dchosen[router * rows + row] = back.dgamma * gate;
         grad.index[router * rows + row] = best_F;
       }
     }
     __syncthreads();
-    if (grad.router_grad)  // dz += dlogits R_F^T (Eq. 6)
+    if (in.router_grad)  // dz += dlogits R_F^T (Eq. 6)
       add_dlogits<P>(g, in.kernel_routers + of_F.at(router, 0, at.warp * GROUPS, at.lane), of_F,
                      of_kernel, at.t);
 #pragma unroll

@@ -58,6 +58,7 @@ struct Features {  // the arguments that `features` and `features_backward` shar
   int64_t rows;  // B N
   int D, n_F, n_D;
   bool vector;               // D % 8 == 0, and the address of every row is a multiple of 16
+  bool router_grad;          // choices have gates; if false, pair and the dlogits are not written
   Tokens<T> z[4];            // Q, K, Q', K'
   const float *gamma, *lam;  // (n_F), (n_D)
   const uint4 *kernel_routers, *difference_routers;  // from split_routers: 4 (D, n_F), 4 (D, n_D)
@@ -81,7 +82,6 @@ struct FeatureGradients {
   using S = typename Core<T>::type;
   const float *kernel_logits, *difference_logits;  // from the forward
   const S *ddq, *ddk;                              // (rows, D)
-  bool router_grad;                                // if false, pair and the dlogits are not written
   T* dz[4];                                        // (rows, D)
   float* dchosen;         // (6, rows): dgamma of Q, K, Q', K'; dlambda of Q, K
   int* index;             // (6, rows): the index of this gamma or lambda

@@ -65,8 +65,8 @@ struct Inputs {
 
   Inputs(const Shape& s, const Tensor& q, const Tensor& k, const Tensor& q_prime,
          const Tensor& k_prime, const Tensor& gamma_, const Tensor& lam_,
-         const Tensor& kernel_routers, const Tensor& difference_routers, bool transposed,
-         cudaStream_t stream)
+         const Tensor& kernel_routers, const Tensor& difference_routers, bool router_grad,
+         bool transposed, cudaStream_t stream)
       : z{even_rows(q), even_rows(k), even_rows(q_prime), even_rows(k_prime)},
         gamma(gamma_.contiguous()),
         lam(lam_.contiguous()),
@@ -77,6 +77,7 @@ struct Inputs {
                 int(s.n_F),
                 int(s.n_D),
                 s.D % 8 == 0,
+                router_grad,
                 {},
                 const_pointer<float>(gamma),
                 const_pointer<float>(lam),
@@ -206,7 +207,6 @@ Backward backward(const Shape& s, const Inputs<T>& inputs, const Tensor& dout_, 
       const_pointer<float>(difference_logits),
       const_pointer<S>(ddq),
       const_pointer<S>(ddk),
-      router_grad,
       {pointer<T>(dz[0]), pointer<T>(dz[1]), pointer<T>(dz[2]), pointer<T>(dz[3])},
       pointer<float>(dchosen),
       pointer<int>(index),
@@ -256,14 +256,14 @@ Shape check_limits(const Shape& s) {
 Forward attention_fwd(const Tensor& q, const Tensor& k, const Tensor& q_prime,
                       const Tensor& k_prime, const Tensor& v, const Tensor& gamma,
                       const Tensor& lam, const Tensor& kernel_routers,
-                      const Tensor& difference_routers, bool normalize, bool /*router_grad*/,
+                      const Tensor& difference_routers, bool normalize, bool router_grad,
                       double eps) {
   const Shape s = check(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers);
   return dispatch(q.scalar_type(), [&](auto type) {
     check_limits(s);
     const Environment here(q);
     const Inputs<decltype(type)> inputs(s, q, k, q_prime, k_prime, gamma, lam, kernel_routers,
-                                        difference_routers, false, here.stream);
+                                        difference_routers, router_grad, false, here.stream);
     return forward(s, inputs, v, normalize, float(eps), here.stream);
   });
 }
@@ -271,9 +271,9 @@ Forward attention_fwd(const Tensor& q, const Tensor& k, const Tensor& q_prime,
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& q_prime, const Tensor& k_prime,
                  const Tensor& v, const Tensor& gamma, const Tensor& lam,
                  const Tensor& kernel_routers, const Tensor& difference_routers, bool normalize,
-                 double eps) {
+                 bool router_grad, double eps) {
   return std::get<0>(attention_fwd(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers,
-                                   difference_routers, normalize, false, eps));
+                                   difference_routers, normalize, router_grad, eps));
 }
 
 Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& q_prime,
@@ -290,7 +290,7 @@ Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, con
                attn, kernel_logits, difference_logits, k_sum, den);
     const Environment here(q);
     const Inputs<decltype(type)> inputs(s, q, k, q_prime, k_prime, gamma, lam, kernel_routers,
-                                        difference_routers, true, here.stream);
+                                        difference_routers, router_grad, true, here.stream);
     return backward(s, inputs, dout, v, normalize, router_grad, float(eps), dq, dk, attn,
                     kernel_logits.contiguous(), difference_logits.contiguous(), k_sum.contiguous(),
                     den.contiguous(), here.stream);

@@ -20,8 +20,8 @@
 TORCH_LIBRARY(dydilit, m) {
   m.def(  // for inference: keeps nothing for a backward
       "attention(Tensor q, Tensor k, Tensor q_prime, Tensor k_prime, Tensor v, Tensor gamma, "
-      "Tensor lam, Tensor kernel_routers, Tensor difference_routers, bool normalize, float eps) "
-      "-> Tensor");
+      "Tensor lam, Tensor kernel_routers, Tensor difference_routers, bool normalize, "
+      "bool router_grad, float eps) -> Tensor");
   m.def(  // for training: the results after `out` are kept for the backward
       "attention_fwd("
       "Tensor q, Tensor k, "               // (B, N, D), a float dtype, any strides
@@ -31,7 +31,7 @@ TORCH_LIBRARY(dydilit, m) {
       "Tensor kernel_routers, "            // (4, D, n_F), wide, for Q, K, Q', K'
       "Tensor difference_routers, "        // (2, 2D, n_D), wide, for Q, K
       "bool normalize, "                   // divide by the denominator of Eq. 4
-      "bool router_grad, "                 // compute the routers' gradients in the backward
+      "bool router_grad, "                 // choices have gates: routers have gradients
       "float eps) -> ("
       "Tensor out, "                       // (B, N, D), q's dtype
       "Tensor dq, Tensor dk, "             // (B, N, D), core: wide, but bfloat16 on CUDA if q is

@@ -17,16 +17,18 @@ namespace dydilit {
 
 constexpr double LN2 = 0.69314718055994530942;
 
-// log2 x for a normal number x > 0, within 2 ulp; finite for x = 0. On the host log2_of and exp2_of
-// are minimax polynomials, because a loop over polynomials vectorises.
+// log2 x for a normal number x > 0, within 2 ulp; finite for every other x, NaN included: the t of
+// that element is 0 or not finite, and so is t times its power. On the host log2_of and exp2_of are
+// minimax polynomials, because a loop over polynomials vectorises.
 HOST_DEVICE float log2_of(float x) {
 #ifdef __CUDA_ARCH__
   return log2f(x < FLT_MIN ? FLT_MIN : x);
 #else
-  int32_t bits;
+  uint32_t bits;  // unsigned, because the bits of -0 and of NaN overflow
   std::memcpy(&bits, &x, 4);
-  const int32_t e = (bits - 0x3f3504f3) >> 23;  // x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
-  bits -= e * (1 << 23);
+  // x = 2^e (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
+  const int32_t e = int32_t(bits - 0x3f3504f3u) >> 23;
+  bits -= uint32_t(e) << 23;
   float f;
   std::memcpy(&f, &bits, 4);
   f -= 1;
@@ -40,8 +42,8 @@ HOST_DEVICE float log2_of(float x) {
 #endif
 }
 
-// 2^x for |x| < 2^22, within 1 ulp for -126 <= x <= 127. Below it goes to 0, above it stays near
-// 2^127: the result is never infinite.
+// 2^x for |x| < 2^22, within 1 ulp for -126 <= x <= 127, and NaN for NaN. Below it goes to 0, above
+// it stays near 2^127: the result is never infinite.
 HOST_DEVICE float exp2_of(float x) {
 #ifdef __CUDA_ARCH__
   return exp2f(x > 127.0f ? 127.0f : x);
@@ -70,8 +72,10 @@ HOST_DEVICE double smallest(double) { return DBL_MIN; }
 
 // -------------------------------------------------------------------------------------------------
 // The kernel phi (Eq. 5) on one row z:
-//   r = relu(z), m = max r, t = r / m, p = t^gamma, s = |t|, n = |p|,
-//   y = (|r| / |p|) p = (m s / n) p.
+//   r = relu(z), t = r / m, p = t^gamma, s = |t|, n = |p|,
+//   y = (|r| / |p|) p = (m s / n) p
+// for any m > 0. m = max r, so that t and p lie in [0, 1]; for gamma < 0 m is the smallest positive
+// r, so that p does.
 
 template <class T>
 struct PhiRow {
@@ -80,22 +84,38 @@ struct PhiRow {
   HOST_DEVICE T scale() const { return n != 0 ? m * s / n : T(0); }
 };
 
+// m, from the largest r and the smallest positive one (any number if there is none). For gamma < 0
+// it is at least 2^-50 of the largest r, so that |t|^2 stays finite.
+template <class T>
+HOST_DEVICE T scale_of(T gamma, T largest, T smallest_positive) {
+  const T least = largest * T(0x1p-50);
+  return gamma < 0 ? (smallest_positive > least ? smallest_positive : least) : largest;
+}
+
+// The exponent of a row with this m: gamma, but at most 2^14 in size, the limit of exp2_of. NaN and
+// -infinity give NaN; but a row without a positive entry is 0 for every gamma.
+template <class T>
+HOST_DEVICE T exponent_of(T gamma, T m) {
+  const T below = gamma > T(0x1p14) ? T(0x1p14) : gamma + (gamma - gamma);
+  return m > 0 ? (below < T(-0x1p14) ? T(-0x1p14) : below) : T(1);
+}
+
 // r = relu(z); NaN stays NaN
 template <class T>
 HOST_DEVICE T relu(T z) {
   return z < 0 ? T(0) : z;
 }
 
-// 1 / m, finite for every m
+// 1 / m, finite for every finite m, NaN for infinity
 template <class T>
 HOST_DEVICE T reciprocal(T m) {
-  return 1 / (m < smallest(m) ? smallest(m) : m);
+  return 1 / (m < smallest(m) ? smallest(m) : m) + (m - m);
 }
 
-// u = t^(gamma - 1) from l = log2 t, so that p = t u; finite for t = 0
+// u = t^(exponent - 1) from l = log2 t, so that p = t u; finite for t = 0
 template <class T>
-HOST_DEVICE T power_less_one(T l, T gamma) {
-  return exp2_of((gamma - 1) * l);
+HOST_DEVICE T power_less_one(T l, T exponent) {
+  return exp2_of((exponent - 1) * l);
 }
 
 // With G = dy and the row sums a = <G, p>, b = <G, p l>, h = <p, p l>:
@@ -115,14 +135,20 @@ struct PhiRowBackward {
   }
   HOST_DEVICE T dz(T g, T t, T u) const {
     const T both = of_u * u * (g - c * t * u) + of_t * t;
-    return t >= smallest(t) ? both : T(0);  // 0 for z <= 0
+    return t < smallest(t) ? T(0) : both;  // 0 for z <= 0
   }
 };
 
 // -------------------------------------------------------------------------------------------------
 // The gate (straight-through): the chosen value is multiplied by w / stop_gradient(w), where
-// w = softmax(logits)[index]. The gate is 1; its gradient is
+// w = softmax(logits)[index]. The gate is 1, and its gradient is
 //   dlogits_j = dgate ([j = index] - softmax(logits)_j),  dgate = dvalue * value
+
+// 1, or NaN where the softmax is: a logit is NaN (which then counts as max) or max is infinite
+template <class T>
+HOST_DEVICE T gate(T max) {
+  return 1 + (max - max);
+}
 
 // exp(logit - max), the numerator of the softmax
 template <class T>
@@ -147,7 +173,7 @@ struct Guard {
   T den;
   HOST_DEVICE Guard(T dot, T norm_q, T norms_k, T eps) {
     const T floor = T(1e-3) * norm_q * norms_k;
-    open = dot >= floor;
+    open = dot >= floor || dot != dot;  // a NaN in either reaches den
     den = (open ? dot : floor) + eps;
   }
 };

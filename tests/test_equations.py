@@ -307,6 +307,38 @@ def test_routed_projection_gives_each_token_its_own_projector():
     assert_close("Q', strided", routed_projection(strided, projectors, router), want, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.func imports
+def test_routed_projection_in_vmap_is_a_loop_over_examples():
+    """There nobody can count the tokens of a route: the examples of a batch have other counts."""
+    projectors, router = normal(3, 4, 4, seed=1), normal(4, 3, seed=2)
+    avoid_projector_1(router)
+    x = normal(5, 2, 6, 4)
+
+    def loss(projectors, tokens):
+        return routed_projection(tokens, projectors, router).square().sum()
+
+    both = torch.func.vmap(torch.func.grad(loss, (0, 1)), (None, 0))(projectors, x)
+    for i, tokens in enumerate(x):
+        leaves = [projectors.clone().requires_grad_(), tokens.clone().requires_grad_()]
+        for got, want in zip(both, torch.autograd.grad(loss(*leaves), leaves)):
+            assert_close(f"example {i}", got[i], want, atol=1e-12)
+
+
+def test_on_the_meta_device_a_routed_projection_has_its_shape_and_flops():
+    inputs = {"x": normal(2, 12, 5), "projectors": normal(3, 5, 5), "router": normal(5, 3)}
+    counted = []
+    for device in ("cpu", "meta"):
+        moved = {name: z.to(device) for name, z in inputs.items()}
+        with FlopCounterMode(display=False) as counter:
+            out, grads = grads_of(routed_projection, moved, moved["x"])
+        assert out.shape == (2, 12, 5) and out.device.type == device
+        assert {name: g.shape for name, g in grads.items()} == {
+            name: z.shape for name, z in inputs.items()
+        }
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+
+
 @pytest.mark.parametrize("shape", [(0, 6, 4), (3, 0, 4)])
 def test_an_empty_batch_projects_to_an_empty_batch(shape):
     inputs = {"x": torch.zeros(shape), "projectors": torch.ones(3, 4, 4)}

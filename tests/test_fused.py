@@ -10,10 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import functional
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from util import normal, randomized
 
 import dydilit
-from dydilit import dydila_attention
+from dydilit import Config, DyDiLA, DyDiLiT, dydila_attention
+from support import fused
 
 if "cpu" not in dydilit.FUSED_DEVICES:
     reason = "the extension is not built: python setup.py build_ext --inplace"
@@ -211,6 +216,19 @@ def test_extremes(case, dtype):
     check(tensors, dout, ATOL[dtype])
 
 
+@pytest.mark.parametrize("dtype", ATOL, ids=str)
+@pytest.mark.parametrize("gamma", [(0.5, 6.0), (-3.0, -0.5)], ids=str)
+def test_minus_zero_is_zero(gamma, dtype):
+    """In q; its bits are those of the smallest integer."""
+    tensors, dout = inputs(2, 9, 20, 3, 4, dtype, gamma=gamma)
+    zeros = [torch.where(x.abs() < 0.3, 0.0, x) for x in tensors[:4]]
+    minus = [torch.where(x.abs() < 0.3, -0.0, x) for x in tensors[:4]]
+    want = results([*zeros, *tensors[4:]], dout, "fused")
+    got = results([*minus, *tensors[4:]], dout, "fused")
+    for name, a, b in zip(NAMES, want, got):
+        assert torch.equal(a, b), name  # where 0 and -0 are equal
+
+
 def test_the_guard_of_the_denominator_has_the_right_gradient_where_it_is_engaged():
     tensors, dout = inputs(2, 30, 20, 3, 3, lam=(0.9, 1.1), seed=3)
     _, dq, *_, k_sum, den = torch.ops.dydilit.attention_fwd(*tensors, True, True, 1e-6)
@@ -271,6 +289,35 @@ def test_gradcheck(N, D, normalize):
     assert torch.autograd.gradcheck(op, leaves, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "size, gamma",
+    [
+        ((2, 9, 384, 3, 3), (-3.5, -3.5)),
+        ((2, 30, 16, 3, 3), (-5.0, -5.0)),
+        ((1, 70, 60, 9, 5), (-3.0, 3.0)),
+        ((1, 9, 384, 3, 3), (-1e-3, 1e-3)),
+    ],
+    ids=str,
+)
+def test_negative_gamma(size, gamma, dtype):
+    """t^gamma leaves float32's range as t goes to 0, unless t is scaled by the smallest entry."""
+    tensors, dout = inputs(*size, dtype, gamma=gamma)
+    check(tensors, dout, ATOL[dtype])
+
+
+def test_a_negative_gamma_whose_powers_leave_the_range_of_float32():
+    """1e-9^-8 is 1e72: the Python path gives NaN in float32. The gradients of q and k cancel."""
+    tensors, dout = inputs(1, 9, 16, 3, 3, torch.float32, gamma=(-8.0, -8.0))
+    for x in tensors[:4]:
+        x[..., 0] = 1e-9
+    truth = results([x.double() for x in tensors], dout.double(), "reference")
+    got = results(tensors, dout, "fused")
+    assert all(x.isfinite().all() for x in got)
+    for i in (0, 5):
+        assert (got[i] - truth[i]).abs().max() <= 1e-5 * truth[i].abs().max(), NAMES[i]
+
+
 @pytest.mark.parametrize("gap", [1e12, 1e15, 1e30])
 def test_logits_far_apart_have_the_gradient_0(gap):
     tensors, dout = inputs(2, 9, 8, 3, 2, torch.float32)
@@ -278,6 +325,70 @@ def test_logits_far_apart_have_the_gradient_0(gap):
     want, got = (results(tensors, dout, backend) for backend in ("reference", "fused"))
     assert not want[8].any() and not got[8].any() and not got[9].any()
     assert all(g.isfinite().all() for g in got)
+
+
+PLACES = {"gamma": (1,), "lam": (1,), "kernel_routers": (1, 2, 1), "difference_routers": (0, 2, 1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("N, D", [(5, 12), (12, 5)])
+def test_what_is_not_finite_goes_where_it_goes_in_the_python_path(N, D, name, value, dtype):
+    """Into every entry of output and gradients that is NaN there; for gamma = inf some are inf.
+
+    The op may have more of them: a token with one positive entry is finite in the Python path
+    for every gamma, because 1^NaN = 1.
+    """
+    for normalize in (True, False):
+        for router_grad in (True, False):
+            options = {"normalize": normalize, "router_grad": router_grad}
+            tensors, dout = inputs(2, N, D, 3, 4, dtype)
+            for x in tensors[:4]:
+                x[:, 0] = -x[:, 0].abs()  # no positive entry
+            tensors[NAMES.index(name) - 1][PLACES.get(name, (0, 1, 2))] = value
+            want = results(tensors, dout, "reference", **options)
+            got = results(tensors, dout, "fused", **options)
+            for which, w, g in zip(NAMES, want, got):
+                if w is not None:
+                    lost = w.isnan() & g.isfinite() if name == "gamma" else w.isnan() & ~g.isnan()
+                    assert not lost.any(), (which, options)
+            with torch.no_grad():
+                out = dydila_attention(*tensors, backend="fused", **options)
+            assert torch.equal(out.isnan(), got[0].isnan())
+
+
+@pytest.mark.parametrize("D, gamma", [(384, -3.5), (16, -5.0)])
+def test_a_module_with_negative_gammas_has_the_gradients_of_float64(D, gamma):
+    """Also where the float32 of the Python path has none."""
+    torch.manual_seed(0)
+    model = DyDiLA(Config(hidden_size=D, n_kernels=3, n_lambdas=1, n_projectors=1))
+    model.gamma.data.fill_(gamma)
+    x, found = normal(2, 16, D), []
+    for dtype, model.backend in ((F64, "reference"), (F32, "fused")):
+        out = model.to(dtype)(x.to(dtype), (4, 4))
+        grads = torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)
+        found.append([out.detach(), *(g for g in grads if g is not None)])
+    for want, got in zip(*found):
+        assert got.isfinite().all()
+        assert (got - want).norm() <= 1e-2 * want.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_model_with_nan_has_a_loss_of_nan(name):
+    """Also where its value is a router's, whose softmax alone would tell."""
+    model = randomized(DyDiLA(Config(hidden_size=8, n_kernels=3, n_lambdas=3))).float()
+    x = normal(2, 6, 8, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    if name in parameters:
+        parameters[name].data.view(-1)[1] = torch.nan
+        parameters[name].data[..., 0] = torch.nan
+    else:
+        x[0, 0, 0] = torch.nan
+    with torch.no_grad():
+        assert model(x, (2, 3)).sum().isnan()
+    model(x, (2, 3)).sum().backward()
+    assert any(p.grad.isnan().any() for p in model.parameters())
 
 
 def test_a_router_with_nan_makes_the_choice_of_the_python_path():
@@ -428,13 +539,157 @@ def test_forward_mode_takes_the_python_path():
         slope("fused")
 
 
-def test_second_derivatives_are_refused():
-    tensors, dout = inputs(1, 4, 5, 2, 2)
-    q = tensors[0].requires_grad_()
-    out = dydila_attention(*tensors, backend="fused")
-    (grad,) = torch.autograd.grad(out, q, dout, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivatives"):
-        grad.sum().backward()
+# Each takes a function of q and gives a tensor: what torch differentiates in other ways
+TRANSFORMS = {
+    "grad": lambda f: grad(f),
+    "grad of grad": lambda f: grad(lambda x: grad(f)(x).square().sum()),
+    "vjp": lambda f: lambda x: vjp(f, x)[1](torch.ones(()).double())[0],
+    "jvp": lambda f: lambda x: jvp(f, (x,), (x,))[1],
+    "jvp of grad": lambda f: lambda x: jvp(grad(f), (x,), (x,))[1],
+    "vmap": lambda f: lambda x: vmap(f)(torch.stack([x, 2 * x])),
+    "vmap of grad": lambda f: lambda x: vmap(grad(f))(torch.stack([x, 2 * x])),
+    "grad of vmap": lambda f: grad(lambda x: vmap(f)(torch.stack([x, 2 * x])).sum()),
+    "jacrev": lambda f: jacrev(f),
+    "jacfwd": lambda f: jacfwd(f),
+    "hessian": lambda f: hessian(f),
+    "vmap of hessian": lambda f: lambda x: vmap(hessian(f))(torch.stack([x, 2 * x])),
+    "autograd, twice": lambda f: lambda x: twice(f, x),
+    "autograd, vectorised": lambda f: lambda x: functional.jacobian(f, x, vectorize=True),
+    "autograd.functional.hessian": lambda f: lambda x: functional.hessian(f, x),
+    "autograd.functional.jvp": lambda f: lambda x: functional.jvp(f, x, x)[1],
+}
+
+
+def twice(f, x):
+    """The gradient of |gradient of f|^2."""
+    x = x.detach().requires_grad_()
+    (first,) = torch.autograd.grad(f(x), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)[0]
+
+
+def small_model(kind):
+    """(backend -> the op, the module or the network as a function of x, and an x)"""
+    config = Config(input_size=4, in_channels=1, hidden_size=8, depth=1, n_kernels=3)
+    if kind == "op":
+        q, *rest = inputs(2, 6, 8, 3, 2)[0]
+        return lambda backend: lambda q: dydila_attention(q, *rest, backend=backend), q
+    model = randomized(DyDiLA(config) if kind == "DyDiLA" else DyDiLiT(config))
+    t, y = torch.tensor([3, 700]), torch.tensor([1, 2])
+
+    def with_backend(backend):
+        for module in model.modules():
+            if isinstance(module, DyDiLA):
+                module.backend = backend
+        return lambda x: model(x, (2, 3)) if kind == "DyDiLA" else model(x, t, y)
+
+    return with_backend, normal(2, 6, 8) if kind == "DyDiLA" else normal(2, 1, 4, 4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.func imports
+@pytest.mark.parametrize("kind", ["op", "DyDiLA", "DyDiLiT"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_auto_has_the_derivatives_of_the_python_path(kind, name):
+    with_backend, x = small_model(kind)
+
+    def of(backend):
+        f = with_backend(backend)
+        return TRANSFORMS[name](lambda x: f(x).square().sum())(x)
+
+    want, got = of("reference"), of("auto")
+    assert want.any() and torch.allclose(want, got, rtol=1e-7, atol=1e-9 * want.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_gradients_per_example_are_those_of_a_loop():
+    model = randomized(DyDiLA(Config(hidden_size=8, n_projectors=3)))
+    parameters, x = dict(model.named_parameters()), normal(3, 6, 8)
+
+    def loss(parameters, example):
+        return functional_call(model, parameters, (example[None], (2, 3))).square().sum()
+
+    together = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        alone = torch.autograd.grad(loss(parameters, x[i]), list(parameters.values()))
+        for (name, g), want in zip(together.items(), alone):
+            assert torch.allclose(g[i], want, rtol=1e-9, atol=1e-9 * want.abs().max()), name
+
+
+def test_second_derivatives_under_activation_checkpointing():
+    with_backend, x = small_model("op")
+    op = with_backend("auto")
+
+    def f(x):
+        return checkpoint(op, x, use_reentrant=False).square().sum()
+
+    assert torch.allclose(twice(f, x), twice(lambda x: op(x).square().sum(), x), rtol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------
+# Inside torch's other instruments.
+
+
+def count_flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("router_grad", [True, False])
+@pytest.mark.parametrize("size", [(2, 6, 10, 3, 2), (2, 10, 6, 3, 2), (1, 7, 7, 1, 5)], ids=str)
+def test_flops_are_those_of_the_python_path(size, normalize, router_grad):
+    tensors, dout = inputs(*size)
+    options = {"normalize": normalize, "router_grad": router_grad}
+
+    def counts(backend):
+        def forward():
+            with torch.no_grad():
+                dydila_attention(*tensors, backend=backend, **options)
+
+        both = count_flops(lambda: results(tensors, dout, backend, **options))
+        return count_flops(forward), both
+
+    assert counts("fused") == counts("reference")
+
+
+@pytest.mark.parametrize("kind", ["DyDiLA", "DyDiLiT"])
+def test_flops_of_a_model_on_either_path_and_without_data(kind):
+    with_backend, x = small_model(kind)
+    f = with_backend("auto")
+    auto = count_flops(lambda: f(x).sum().backward())
+    f = with_backend("reference")
+    assert auto == count_flops(lambda: f(x).sum().backward()) > 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_meta_device_has_shapes_dtypes_and_flops(backend):
+    config = Config(input_size=8, hidden_size=16, depth=2)
+    tensors, _ = inputs(2, 6, 8, 3, 2, torch.bfloat16)
+    out, *grads = results([x.to("meta") for x in tensors], tensors[4].to("meta"), backend)
+    assert out.is_meta and (out.shape, out.dtype) == ((2, 6, 8), torch.bfloat16)
+    assert all((g.shape, g.dtype) == (x.shape, x.dtype) for g, x in zip(grads, tensors))
+
+    def flops(device):
+        with torch.device(device):
+            attention, model = DyDiLA(config), DyDiLiT(config)
+            x, t = torch.zeros(3, 4, 8, 8), torch.zeros(3, dtype=torch.long)
+            attention.backend = backend
+        assert attention(torch.zeros(2, 6, 16, device=device), (2, 3)).shape == (2, 6, 16)
+        out = model(x, t, t)
+        assert (out.shape, out.dtype, out.device.type) == ((3, 8, 8, 8), torch.float32, device)
+        return count_flops(lambda: model(x, t, t).sum().backward())
+
+    assert flops("meta") == flops("cpu")
+
+
+def test_integer_tokens_take_the_python_path():
+    tensors, _ = inputs(1, 4, 5, 2, 2, torch.float32)
+    tensors[:4] = [(3 * x).int() for x in tensors[:4]]
+    want = dydila_attention(*tensors, backend="reference")
+    assert torch.allclose(dydila_attention(*tensors), want, rtol=1e-5, atol=1e-6)
+    tensors[4] = tensors[4].int()
+    want = dydila_attention(*tensors, backend="reference")
+    assert torch.equal(dydila_attention(*tensors), want)
 
 
 def kept_by_forward():
@@ -531,3 +786,83 @@ def test_auto_on_a_gpu_takes_the_op_where_its_kernels_can_run(
         else:
             with pytest.raises(OnThePythonPath):
                 dydila_attention(*tensors)
+
+
+# ----------------------------------------------------------------------------------------------
+# The check at the start of a run.
+
+
+@pytest.fixture
+def wrong_op(monkeypatch):
+    """wrong_op(change): the op gives change(out)."""
+    original = torch.ops.dydilit.attention_fwd
+    monkeypatch.setattr(dydilit, "FUSED_DEVICES", dydilit.FUSED_DEVICES)  # put back at the end
+
+    def call(change):
+        def wrong(*arguments):
+            out, *kept = original(*arguments)
+            return change(out), *kept
+
+        monkeypatch.setattr(torch.ops.dydilit, "attention_fwd", wrong)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", ATOL, ids=str)
+def test_the_check_names_the_path_the_device_and_the_difference(dtype, capsys):
+    line = fused.check_fused("cpu", dtype)
+    name = str(dtype).removeprefix("torch.")
+    assert line.startswith(f"attention: fused op, CPU {dydilit.BUILD['isa']}, {name}, largest diff")
+    assert float(line.split()[-5]) < {F64: 1e-12, F32: 1e-5}.get(dtype, 1e-2)
+    assert "cpu" in dydilit.FUSED_DEVICES and not capsys.readouterr().err
+
+
+def test_the_check_draws_no_random_numbers_and_works_without_gradients():
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        assert "fused op" in fused.check_fused()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def fails(out):
+    raise RuntimeError("no kernel image is available\nfor this device")
+
+
+WRONG = {  # what the op does wrong -> what the line says of it
+    "off by a little": (lambda out: out * 1.0001, "differs from it by"),
+    "NaN": (lambda out: out * torch.nan, "differs from it by nan"),
+    "infinite": (lambda out: out + torch.inf, "differs from it by inf"),
+    "fails": (fails, "fails: no kernel image is available"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_after_the_check_of_a_wrong_op_the_python_path_runs(case, wrong_op, capsys):
+    change, said = WRONG[case]
+    wrong_op(change)
+    line = fused.check_fused()
+    assert line.startswith(f"attention: Python path (the fused op {said}") and "\n" not in line
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"dydilit: warning: the fused op {said}") and warning.count("\n") == 1
+    assert "cpu" not in dydilit.FUSED_DEVICES
+    tensors, dout = inputs(1, 4, 5, 2, 2, torch.float32)
+    assert_same_bits(results(tensors, dout, "auto"), results(tensors, dout, "reference"))
+
+
+def test_the_check_sees_a_wrong_gradient(monkeypatch, capsys):
+    original = torch.ops.dydilit.attention_bwd
+    monkeypatch.setattr(dydilit, "FUSED_DEVICES", dydilit.FUSED_DEVICES)
+
+    def wrong(*arguments):
+        *grads, of_difference_routers = original(*arguments)
+        return *grads, of_difference_routers.flip(0)
+
+    monkeypatch.setattr(torch.ops.dydilit, "attention_bwd", wrong)
+    assert "Python path (the fused op differs" in fused.check_fused()
+    assert "dydilit: warning" in capsys.readouterr().err
+
+
+def test_the_check_without_an_extension(monkeypatch):
+    monkeypatch.setattr(dydilit, "FUSED_DEVICES", ())
+    monkeypatch.setattr(dydilit, "BUILD", {})
+    assert fused.check_fused() == "attention: Python path (no extension built), CPU, float32"

@@ -27,6 +27,33 @@ print(dydilit.FUSED_DEVICES, tuple(out.shape))
 """
 
 
+def run_python(folder, *arguments):
+    """Python with a copy of dydilit.py in `folder`, which comes first in its path."""
+    shutil.copy(ROOT / "dydilit.py", folder)
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_an_extension_for_another_python_is_named(tmp_path):
+    other = "dydilit_C.cpython-38-x86_64-linux-gnu.so"
+    (tmp_path / other).touch()
+    shutil.copytree(ROOT / "support", tmp_path / "support")
+    run = run_python(tmp_path, "-c", USE)
+    assert run.returncode == 0 and run.stdout == "() (1, 2, 3)\n", run.stderr
+    assert f"the Python path instead ({other} is for another Python)" in run.stderr
+    run = run_python(tmp_path, "-m", "dydilit")
+    assert run.stdout.startswith(f"attention: Python path ({other} is for another Python), CPU")
+
+
+@needs_extension
+def test_the_module_says_which_path_runs():
+    command = [sys.executable, "-m", "dydilit"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("attention: fused op, CPU ") and run.stdout.count("\n") >= 3
+
+
 @pytest.mark.parametrize("extension", [BROKEN, STALE, None], ids=["broken", "stale", "missing"])
 def test_without_a_fitting_extension_the_python_path_runs(extension, tmp_path):
     """Stale or broken: one line on stderr. Never built: silence."""
@@ -84,6 +111,19 @@ def test_forward_and_backward_run_in_a_thread_with_a_small_stack():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "survived\n"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("level", ["-O1", "-O3"])
+def test_no_float_leads_to_undefined_behaviour(level, tmp_path):
+    """-0, NaN and infinity too: in the bits of a float they are the extremes of an integer."""
+    source, program = ROOT / "tests" / "csrc" / "ubsan_check.cpp", tmp_path / "check"
+    command = ["g++", "-std=c++20", level, "-fno-wrapv", "-fno-math-errno", "-fno-trapping-math"]
+    command += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+    command += [f"-I{ROOT}/csrc", source, "-o", program]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "no undefined behaviour\n"), done.stderr
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
