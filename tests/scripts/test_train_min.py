@@ -324,6 +324,9 @@ def test_the_command_that_continues_is_that_of_the_caller(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
     got = train_min.again(["--preset=DiT-digits"], "-m experiments.train")
+    assert got == "python -m experiments.train --preset=DiT-digits --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    got = train_min.again(["--preset=DiT-digits"], "-m experiments.train")
     assert got == "torchrun -m experiments.train --preset=DiT-digits --resume"
 
 
