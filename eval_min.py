@@ -15,14 +15,15 @@ included. The figures are defined as in ADM's evaluator and in torch-fidelity; s
 public definition, is the KID of the features that sFID uses (evaluation/README.md).
 """
 
-import argparse
 import signal
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 

@@ -13,17 +13,18 @@ stopped when the same command is started again. Latents are decoded by the autoe
 data set names. A second process with the same --out ends with a line that says which one writes.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+
 import argparse
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
 
 import numpy as np
 import torch
@@ -79,13 +80,14 @@ def generate(
     return decode(x).cpu().numpy()
 
 
-def sample_to(out, model, labels, settings, decode, batch=250):
+def sample_to(out, model, labels, settings, decode, batch=250, anew=False):
     """Images for the labels (n,) into the .npz `out`: arr_0 uint8 (n, H, W, C), labels, settings.
 
     The settings, a dict, are stored as JSON. The unit of work is a chunk of `batch` images, made by
     one process. So neither the number of processes nor an interruption changes a byte. Another
-    `batch` rounds differently, which may move a pixel by a grey level. BlockedError, an OSError,
-    while another process makes the file.
+    `batch` rounds differently, which may move a pixel by a grey level. An unfinished file of other
+    settings is a ValueError, or is thrown away with `anew`. BlockedError, an OSError, while another
+    process makes the file.
     """
     rank, world, device = distributed()
     n = len(labels)
@@ -94,7 +96,7 @@ def sample_to(out, model, labels, settings, decode, batch=250):
     digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
     record = settings | {"n": n, "batch": batch, "labels": digest}
     with one_run(out):
-        with unfinished(out, record, n, decode.shape, batch) as (todo, put):
+        with unfinished(out, record, n, decode.shape, batch, anew) as (todo, put):
             mine = todo[rank::world].tolist()
             progress = Progress("sample", max(1, settings["steps"] * len(mine)), quiet=rank > 0)
             for chunk in mine:
@@ -205,7 +207,7 @@ def settings_in(npz, labels):
     """The settings that a file of `sample_to` was made with; None if it holds other labels (n,),
     or is no such file, or is damaged. It reads the whole file."""
     try:
-        with np.load(npz) as made:
+        with open(npz, "rb") as f, np.load(f) as made:
             same = np.array_equal(made["labels"], labels.numpy()) and "arr_0" in made.files
             settings = json.loads(str(made["settings"]))
         return settings if same and is_whole(npz) else None

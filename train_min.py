@@ -19,6 +19,11 @@ for that; where a step takes longer, start it with --shutdown-timeout=300. With 
 machines this needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+
 import argparse
 import json
 import math
@@ -26,16 +31,12 @@ import os
 import re
 import runpy
 import shlex
-import signal
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
 from importlib.util import find_spec
 from inspect import getsource
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
 
 import numpy as np
 import torch
@@ -382,7 +383,7 @@ def samples_of(config, training, args, decode):
     if settings_in(npz, labels) != settings:  # not there yet, damaged, or of other weights
         if decode.vae is not None:
             decode.vae.to(device)
-        sample_to(npz, model, labels, settings, decode)
+        sample_to(npz, model, labels, settings, decode, anew=True)  # the folder is this run's
     if rank == 0:
         draw(out, columns=min(config.num_classes, 20))
     return npz

@@ -33,16 +33,30 @@ def folder_of(out):
     return Path(f"{out}.partial")
 
 
-def begin(out, settings, n, shape, batch):
-    """Make the folder of `out`, or take up the one that is there: `checked`."""
+class UnreadableError(ValueError):
+    """A file of OUT.partial is not as it was written."""
+
+
+class OtherSettingsError(ValueError):
+    """OUT.partial was begun with other settings."""
+
+
+def begin(out, settings, n, shape, batch, anew=False):
+    """Make the folder of `out`, or take up the one that is there: `checked`, `unfinished`."""
     folder = folder_of(out)
     if (folder / "settings.json").exists():
         try:
             checked(folder, settings, n, shape, batch)
             return
         except UnreadableError as e:
-            print(f"{folder} is begun anew: {e}", file=sys.stderr, flush=True)
-            (folder / "settings.json").unlink()
+            why = e
+        except OtherSettingsError as e:
+            if not anew:
+                raise ValueError(f"{folder} was begun with {e}; delete it or choose another --out"
+                                 ) from e
+            why = e
+        print(f"{folder} is begun anew: {why}", file=sys.stderr, flush=True)
+        (folder / "settings.json").unlink()
     folder.mkdir(parents=True, exist_ok=True)
     need_room(out, 2 * n * math.prod(shape))  # images.npy, and the .npz that it becomes
     np.zeros(-(-n // batch), MARK).tofile(folder / "done")
@@ -51,14 +65,10 @@ def begin(out, settings, n, shape, batch):
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
-class UnreadableError(ValueError):
-    """A file of OUT.partial is not as it was written."""
-
-
 def checked(folder, settings, n, shape, batch):
     """Take the marks off chunks whose bytes are not those of their checksums.
 
-    ValueError if the folder was begun with other settings, UnreadableError if nothing of it can be
+    OtherSettingsError if the folder was begun with others, UnreadableError if nothing of it can be
     used.
     """
     try:
@@ -67,7 +77,7 @@ def checked(folder, settings, n, shape, batch):
         then = None
     if not isinstance(then, dict):
         raise UnreadableError("settings.json is damaged")
-    refuse_other_settings(folder, then, settings)
+    refuse_other_settings(then, settings)
     marks, chunks = read_marks(folder), -(-n // batch)
     if len(marks) != chunks:
         raise UnreadableError(f"done has {len(marks)} marks, expected {chunks}")
@@ -126,7 +136,7 @@ def in_words(size):
     return f"{size / unit:,.1f} {units[unit]}"
 
 
-def refuse_other_settings(folder, then, now):
+def refuse_other_settings(then, now):
     if then == now:
         return
     differing = ", ".join(
@@ -134,20 +144,19 @@ def refuse_other_settings(folder, then, now):
         for key in then | now
         if then.get(key) != now.get(key)
     )
-    raise ValueError(
-        f"{folder} was begun with other settings: {differing}; delete it or choose another --out"
-    )
+    raise OtherSettingsError(f"other settings: {differing}")
 
 
 @contextmanager
-def unfinished(out, settings, n, shape, batch):
+def unfinished(out, settings, n, shape, batch, anew=False):
     """Open OUT.partial for n images of `shape`, in chunks of `batch`. Every process calls it.
 
     Yields the numbers of the chunks that are missing, and put(chunk, images), which stores one.
-    ValueError if it was begun with other settings; OSError if the disk has no room.
+    ValueError if it was begun with other settings, unless `anew` throws such a one away; OSError
+    if the disk has no room.
     """
     folder = folder_of(out)
-    by_rank_0(lambda: begin(out, settings, n, shape, batch))
+    by_rank_0(lambda: begin(out, settings, n, shape, batch, anew))
     done = read_marks(folder)["done"]
     if distributed()[1] > 1:
         dist.barrier()  # no process marks a chunk before all have read which ones are missing

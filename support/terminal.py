@@ -102,6 +102,7 @@ def run(main, *errors):
     except Exception:
         if not several or not Voice().heard():  # else it is a consequence of another's error
             raise
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left that Ctrl-C could tell
     if dist.is_initialized() or (several and code):
         leave_group(code)
     if code:
