@@ -5,6 +5,7 @@ draws with it.
 """
 
 import json
+import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,12 +85,11 @@ def read_losses(log_path):
     for text in Path(log_path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            numbers = [float(line[key]) for key in ("step", "loss")]
-            numbers.append(float(line.get("held_out_loss", 0)))
+            numbers = line["step"], line["loss"], line.get("held_out_loss", 0)
+            if all(map(math.isfinite, numbers)):
+                found.append(line)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
             continue
-        if np.isfinite(numbers).all():
-            found.append(line)
     if not found:
         raise ValueError(f"{log_path} has no line with a step and a loss")
     return found
