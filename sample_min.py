@@ -32,7 +32,7 @@ import torch
 from dydilit import Diffusion, DyDiLA, DyDiLiT, distributed, generator
 from support.decoder import Decoder
 from support.pictures import save_animation, save_grid
-from support.processes import join, one_run
+from support.processes import by_rank_0, join, one_run
 from support.shards import finish, folder_of, is_whole, need_room, unfinished
 from support.terminal import Progress, first_speaks, run
 
@@ -348,9 +348,7 @@ def main(argv=None, load=DyDiLiT.from_pretrained):
     given = ("cfg", "steps", "seed", "sampler", "cfg_channels", "vae", "dtype", "attention_dtype")
     settings = settings_of(model, **{key: getattr(args, key) for key in given})
     with one_run(out):
-        if out.suffix == ".npz" and out.exists():
-            say_that_it_is_there(out, labels, settings)
-        else:
+        if not by_rank_0(lambda: is_there(out, labels, settings)):
             sample(model, args, labels, settings)
 
 
@@ -401,15 +399,17 @@ def draw(args, model, labels, settings, decode, order):
         Path(npz).unlink()
 
 
-def say_that_it_is_there(npz, labels, settings):
-    """FileExistsError if the file was made by another command."""
-    if settings_in(npz, labels) != settings:
+def is_there(out, labels, settings):
+    """Whether the .npz is there, which is then said. FileExistsError if another command made it."""
+    if out.suffix != ".npz" or not out.exists():
+        return False
+    if settings_in(out, labels) != settings:
         raise FileExistsError(
-            f"{npz} exists, and not by this command; delete it, or choose another --out"
+            f"{out} exists, and not by this command; delete it, or choose another --out"
         )
-    if distributed()[0] == 0:
-        shutil.rmtree(folder_of(npz), ignore_errors=True)  # left by a kill just before the end
-        print(f"{npz}: already there")
+    shutil.rmtree(folder_of(out), ignore_errors=True)  # left by a kill just before the end
+    print(f"{out}: already there")
+    return True
 
 
 if __name__ == "__main__":

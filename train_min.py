@@ -380,7 +380,7 @@ def samples_of(config, training, args, decode):
     npz = out / "samples.npz"
     labels = torch.arange(args.samples) % config.num_classes
     settings = settings_of(model, cfg=args.cfg, steps=args.sampling_steps, seed=training.seed)
-    if settings_in(npz, labels) != settings:  # not there yet, damaged, or of other weights
+    if not by_rank_0(lambda: settings_in(npz, labels) == settings):  # none, damaged, or others
         if decode.vae is not None:
             decode.vae.to(device)
         sample_to(npz, model, labels, settings, decode, anew=True)  # the folder is this run's

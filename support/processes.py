@@ -34,24 +34,27 @@ def join():
 
 
 def by_rank_0(action):
-    """Call action() in process 0 alone; its OSError or ValueError is raised in every process."""
-    error = [None]
+    """action(), called in process 0 alone. What it returns, or its OSError or ValueError, reaches
+    every process."""
+    answer = [None, None]
     if int(os.environ.get("RANK", 0)) == 0:
         try:
-            action()
+            answer[0] = action()
         except (OSError, ValueError) as e:
-            error = [e]
+            answer[1] = e
     if dist.is_initialized():
-        dist.broadcast_object_list(error)
-    if error[0]:
-        raise error[0]
+        dist.broadcast_object_list(answer)
+    value, error = answer
+    if error:
+        raise error
+    return value
 
 
 @contextmanager
 def one_run(path):
     """`one_writer(path)` for all processes of a run; a BlockedError is raised in every process."""
     with ExitStack() as held:
-        by_rank_0(lambda: held.enter_context(one_writer(path)))
+        by_rank_0(lambda: held.enter_context(one_writer(path)))  # which returns None
         yield
 
 

@@ -10,11 +10,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from PIL import Image
-from runs import CONFIG, ROOT, RUN, differing, finish, flags, load_prepare, parts, start, torchrun
+from runs import CONFIG, ROOT, RUN, differing, finish, flags, parts, start, torchrun
 
-import train_min
 from dydilit import DyDiLiT, load_checkpoint, train
-from support.lock import one_writer
 from support.prepared import check_set
 from support.shards import is_whole
 
@@ -33,7 +31,7 @@ def checkpoint(digits, tmp_path_factory):
 def commands(checkpoint, digits):
     """{name: command(folder)}, each of which writes to the folder."""
     make_reference = (
-        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT / 'tests/evaluation')!r}]\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests' / 'evaluation')!r})\n"
         "import comparing, eval_min\n"
         "eval_min.inception = comparing.toy_network\n"
         "eval_min.main(sys.argv[1:])"
@@ -213,11 +211,3 @@ def test_every_pair_of_commands_ends_well_or_in_one_line(commands, tmp_path):
         assert_whole(folder)
         ended["one in a line" if any(codes) else "both well"] += 1
     print(f"{sum(ended.values())} pairs of commands in one folder: {ended}")
-
-
-def test_the_lock_is_that_of_the_scripts(tmp_path):
-    """`prepare` of the bundled sets waits for nobody either."""
-    with one_writer(tmp_path):
-        load_prepare("digits").prepare(tmp_path)  # nested in this process
-    check_set(tmp_path, CONFIG)
-    assert train_min.meta_of(replace(RUN, data=str(tmp_path)))["name"] == "digits"
