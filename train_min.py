@@ -49,7 +49,7 @@ from support.lock import one_writer
 from support.pictures import plot_loss, save_grid, written_whole
 from support.prepared import check_set
 from support.processes import by_rank_0, join, one_run
-from support.runs import describe, prepare_resume
+from support.runs import prepare_resume
 from support.shards import need_room
 from support.terminal import Progress, first_speaks, run
 
@@ -306,7 +306,9 @@ def prepare_end(config, training, args):
         if not Path(training.out, "samples.npz").exists():
             room += 2 * args.samples * math.prod(decode.shape)  # see support/shards.py
     ckpt = Path(training.out, "ckpt.pt")
-    done = describe(ckpt).get("step", 0) if args.resume else 0
+    done = 0
+    if args.resume and ckpt.exists():  # `prepare_resume` has checked it
+        done = torch.load(ckpt, map_location="cpu", mmap=True, weights_only=True)["step"]
     if done < training.steps:
         with torch.device("meta"):
             numbers = sum(p.numel() for p in config.build().parameters())
