@@ -1,6 +1,6 @@
 """How good samples are: FID, sFID, KID, sKID, IS, precision, recall; of small images, by pixels.
 
-For whoever compares models, and for the end of train_min.py. Imports evaluation/ only.
+For whoever compares models, and for the end of train_min.py. Imports evaluation/ and support/.
 
     python eval_min.py samples.npz VIRTUAL_imagenet256_labeled.npz   against a reference of ADM's
     python eval_min.py data/NAME --make-reference reference.npz      such a file of your own images
@@ -14,6 +14,11 @@ with mu, sigma, mu_s and sigma_s, or with both; or a prepared folder (data/READM
 included. The figures are defined as in ADM's evaluator and in torch-fidelity; sKID, which has no
 public definition, is the KID of the features that sFID uses (evaluation/README.md).
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
 
 import argparse
 import sys
@@ -41,6 +46,8 @@ from evaluation.metrics import (
     pixels,
     statistics,
 )
+from support.lock import one_writer
+from support.terminal import run
 
 NAMES = {
     "fid": "FID",
@@ -415,8 +422,9 @@ def command(args):
     if any(number is not None and number < 1 for number in numbers):
         raise ValueError("--batch, --pca, --pr-reference and --kid-subset-size must be at least 1")
     if args.make_reference:
-        images, network = open_images(args.samples), inception(args.inception)
-        make_reference(images, args.make_reference, network, args.batch)
+        with one_writer(args.make_reference):
+            images, network = open_images(args.samples), inception(args.inception)
+            make_reference(images, args.make_reference, network, args.batch)
         return
     if not args.reference:
         raise ValueError("the reference, a second argument, is missing (or --make-reference)")
@@ -443,9 +451,9 @@ def main(argv=None):
     try:
         command(args)
     except (ValueError, OSError) as e:
-        print(f"eval_min.py: error: {e}", file=sys.stderr)
+        print(f"eval_min.py: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,12 +10,18 @@ For whoever has a trained model. Imports dydilit.py and support/.
 
 Image i depends on the seed and on i, not on the number of processes. An .npz goes on where it
 stopped when the same command is started again. Latents are decoded by the autoencoder that their
-data set names.
+data set names. A second process with the same --out ends with a line that says which one writes.
 """
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -26,9 +32,9 @@ import torch
 from dydilit import Diffusion, DyDiLA, DyDiLiT, distributed, generator
 from support.decoder import Decoder
 from support.pictures import save_animation, save_grid
-from support.processes import join
-from support.shards import finish, folder_of, unfinished
-from support.terminal import Progress, run
+from support.processes import by_rank_0, join, one_run
+from support.shards import finish, folder_of, is_whole, need_room, unfinished
+from support.terminal import Progress, first_speaks, run
 
 LABELS = 4  # a purpose of `generator`, beside those of dydilit.py
 FRAMES = 50  # of an animation, at most
@@ -74,12 +80,14 @@ def generate(
     return decode(x).cpu().numpy()
 
 
-def sample_to(out, model, labels, settings, decode, batch=250):
+def sample_to(out, model, labels, settings, decode, batch=250, anew=False):
     """Images for the labels (n,) into the .npz `out`: arr_0 uint8 (n, H, W, C), labels, settings.
 
     The settings, a dict, are stored as JSON. The unit of work is a chunk of `batch` images, made by
     one process. So neither the number of processes nor an interruption changes a byte. Another
-    `batch` rounds differently, which may move a pixel by a grey level.
+    `batch` rounds differently, which may move a pixel by a grey level. An unfinished file of other
+    settings is a ValueError, or is thrown away with `anew`. BlockedError, an OSError, while another
+    process makes the file.
     """
     rank, world, device = distributed()
     n = len(labels)
@@ -87,15 +95,16 @@ def sample_to(out, model, labels, settings, decode, batch=250):
     how = {key: settings[key] for key in HOW}
     digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
     record = settings | {"n": n, "batch": batch, "labels": digest}
-    with unfinished(out, record, n, decode.shape, batch) as (todo, put):
-        mine = todo[rank::world].tolist()
-        progress = Progress("sample", max(1, settings["steps"] * len(mine)), quiet=rank > 0)
-        for chunk in mine:
-            index = range(chunk * batch, min(n, (chunk + 1) * batch))
-            images = generate(model, labels, index, decode, **how, on_step=lambda x: progress())
-            put(chunk, images)
-    if rank == 0:
-        finish(out, labels=labels.numpy(), settings=np.array(json.dumps(settings)))
+    with one_run(out):
+        with unfinished(out, record, n, decode.shape, batch, anew) as (todo, put):
+            mine = todo[rank::world].tolist()
+            progress = Progress("sample", max(1, settings["steps"] * len(mine)), quiet=rank > 0)
+            for chunk in mine:
+                index = range(chunk * batch, min(n, (chunk + 1) * batch))
+                images = generate(model, labels, index, decode, **how, on_step=lambda x: progress())
+                put(chunk, images)
+        if rank == 0:
+            finish(out, labels=labels.numpy(), settings=np.array(json.dumps(settings)))
 
 
 def steps_to_show(steps):
@@ -196,13 +205,13 @@ def settings_of(
 
 def settings_in(npz, labels):
     """The settings that a file of `sample_to` was made with; None if it holds other labels (n,),
-    or is no such file."""
+    or is no such file, or is damaged. It reads the whole file."""
     try:
-        with np.load(npz) as made:
-            if not np.array_equal(made["labels"], labels.numpy()):
-                return None
-            return json.loads(str(made["settings"]))
-    except (OSError, ValueError, KeyError):
+        with open(npz, "rb") as f, np.load(f) as made:
+            same = np.array_equal(made["labels"], labels.numpy()) and "arr_0" in made.files
+            settings = json.loads(str(made["settings"]))
+        return settings if same and is_whole(npz) else None
+    except Exception:  # numpy, zipfile and zlib raise many kinds on a damaged file
         return None
 
 
@@ -287,8 +296,13 @@ def check(args):
     images = 1 if args.images is None else args.images
     if min(args.per_class, args.batch, images) < 1:
         raise ValueError("--per-class, --images and --batch must be at least 1")
+    for option in ("seed", "images", "per_class", "batch"):
+        if (getattr(args, option) or 0) >= 2**63:
+            raise ValueError(f"--{option.replace('_', '-')} must be less than {2**63}")
     if args.seed < 0:
         raise ValueError("--seed must be at least 0")
+    if not math.isfinite(args.cfg):
+        raise ValueError(f"--cfg must be a finite number, got {args.cfg}")
     suffix = Path(args.out).suffix
     if suffix not in (".png", ".gif", ".npz"):
         raise ValueError(f"--out must end in .png, .gif or .npz, got {args.out}")
@@ -310,13 +324,13 @@ def check_for(model, args):
 
 def main(argv=None, load=DyDiLiT.from_pretrained):
     """load(path) -> the model; experiments/sample.py has one for more kinds of models."""
-    args = command_line().parse_args(argv)
+    with first_speaks():
+        args = command_line().parse_args(argv)
     check(args)
     join()
     model = load(args.checkpoint)
     if args.export:
-        model.save_pretrained(args.export)
-        print(f"{args.export}: model.safetensors, config.json of step {model.step}")
+        export(model, args.export)
         return
     check_for(model, args)
     classes = labels_for(args.classes, model.meta["classes"])
@@ -326,13 +340,29 @@ def main(argv=None, load=DyDiLiT.from_pretrained):
             f"a .gif is made in one batch, of at most {args.batch} images, not {number}; "
             "fewer --classes or --per-class, or a larger --batch"
         )
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    need_room(out, number * config.in_channels * config.input_size**2)  # latents: before decoding
     labels = many_labels(classes, number, args.labels, args.seed)
     given = ("cfg", "steps", "seed", "sampler", "cfg_channels", "vae", "dtype", "attention_dtype")
     settings = settings_of(model, **{key: getattr(args, key) for key in given})
-    if args.out.endswith(".npz") and Path(args.out).exists():
-        say_that_it_is_there(args.out, labels, settings)
-        return
+    with one_run(out):
+        if not by_rank_0(lambda: is_there(out, labels, settings)):
+            sample(model, args, labels, settings)
 
+
+def export(model, folder):
+    """The averaged weights, by one process."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with one_run(folder):
+        if distributed()[0] == 0:
+            model.save_pretrained(folder)
+            print(f"{folder}: model.safetensors, config.json of step {model.step}")
+
+
+def sample(model, args, labels, settings):
+    """Make --out."""
     rank, _, device = distributed()
     decode = Decoder(model.config, settings["vae"], model.meta.get("scaling"), device)
     for module in model.modules():
@@ -340,7 +370,7 @@ def main(argv=None, load=DyDiLiT.from_pretrained):
             module.dtype = DTYPES.get(args.attention_dtype)
     model = model.to(device)
     network = torch.compile(model) if args.compile else model
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    number = len(labels)
     if args.out.endswith(".npz"):
         sample_to(args.out, network, labels, settings, decode, args.batch)
     else:
@@ -369,15 +399,17 @@ def draw(args, model, labels, settings, decode, order):
         Path(npz).unlink()
 
 
-def say_that_it_is_there(npz, labels, settings):
-    """FileExistsError if the file was made by another command."""
-    if settings_in(npz, labels) != settings:
+def is_there(out, labels, settings):
+    """Whether the .npz is there, which is then said. FileExistsError if another command made it."""
+    if out.suffix != ".npz" or not out.exists():
+        return False
+    if settings_in(out, labels) != settings:
         raise FileExistsError(
-            f"{npz} exists, and not by this command; delete it, or choose another --out"
+            f"{out} exists, and not by this command; delete it, or choose another --out"
         )
-    if distributed()[0] == 0:
-        shutil.rmtree(folder_of(npz), ignore_errors=True)  # left by a kill just before the end
-        print(f"{npz}: already there")
+    shutil.rmtree(folder_of(out), ignore_errors=True)  # left by a kill just before the end
+    print(f"{out}: already there")
+    return True
 
 
 if __name__ == "__main__":

@@ -12,19 +12,27 @@ support/ and sample_min.py; Pillow, matplotlib and eval_min.py only at the end o
 `python train_min.py` works too. Every field of Config and Training is a flag; its default is that
 of the preset. The samples and their figures lie in --out: samples.png, samples.npz, samples.md.
 
+One run at a time writes to a folder: a second one ends with a line that says which process writes.
 Ctrl-C and SIGTERM end the step and save; --resume goes on exactly there. torchrun waits 30 seconds
 for that; where a step takes longer, start it with --shutdown-timeout=300. With torchrun's
 --max-restarts=3 and --resume a killed process is restarted from the last checkpoint; on several
 machines this needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+
 import argparse
 import json
+import math
 import os
 import re
 import runpy
 import shlex
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass, replace
 from importlib.util import find_spec
 from inspect import getsource
@@ -37,11 +45,13 @@ import torch.distributed as dist
 from dydilit import PRESETS, Config, DyDiLiT, Training, distributed, train
 from sample_min import sample_to, settings_in, settings_of
 from support.decoder import Decoder
-from support.pictures import plot_loss, save_grid
+from support.lock import one_writer
+from support.pictures import plot_loss, save_grid, written_whole
 from support.prepared import check_set
-from support.processes import join
+from support.processes import by_rank_0, join, one_run
 from support.runs import prepare_resume
-from support.terminal import Progress, run
+from support.shards import need_room
+from support.terminal import Progress, first_speaks, run
 
 # The runs of the presets of the same name. Others take Training(), the paper's ImageNet-1K run.
 RECIPES = {
@@ -178,24 +188,48 @@ def parse(argv, preset=preset):
     training = with_given(training, given)
     if args.samples < 0 or args.samples == 1 or not 2 <= args.sampling_steps <= 1000:
         raise ValueError("--samples must be 0 or at least 2, --sampling-steps between 2 and 1000")
+    if not math.isfinite(args.cfg):
+        raise ValueError(f"--cfg must be a finite number, got {args.cfg}")
+    for part in (config, training, args):
+        check_integers(part)
     return config, training, args
+
+
+def check_integers(part):
+    """ValueError for a number that no tensor can hold."""
+    for name, value in vars(part).items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must be less than {2**63}, got {value}")
+
+
+def path_of(script):
+    """The path of a script beside the one that was started, as the shell's folder needs it."""
+    path = Path(sys.argv[0]).with_name(script)
+    if not path.exists():  # the process was not started by one of them
+        return script
+    inside = os.path.relpath(path)
+    return str(path) if inside.startswith("..") else inside
 
 
 def again(argv, command="train_min.py"):
     """The shell command that continues a run, on as many processes and machines as this one has."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    options = []
-    if machines > 1:
-        options += [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
-    if processes > 1:
-        options.append(f"--nproc_per_node={processes}")
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # started by torchrun
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        launcher = ["torchrun"]
+        if machines > 1:
+            launcher += [f"--nnodes={machines}", "--rdzv_backend=c10d"]
+            launcher += ["--rdzv_endpoint=HOST:29500"]
+        if processes > 1:
+            launcher.append(f"--nproc_per_node={processes}")
     arguments = [a for a in argv if a != "--resume"]
-    return shlex.join(["torchrun", *options, *command.split(), *arguments, "--resume"])
+    script = [path_of(command)] if command.endswith(".py") else command.split()
+    return shlex.join([*launcher, *script, *arguments, "--resume"])
 
 
 # --------------------------------------------------------------------------------------------------
-# Before training: packages and data.
+# Before training: whatever the run needs until its last line.
 
 
 def missing(module):
@@ -210,7 +244,12 @@ def is_bundled(training):
 def meta_of(training):
     """meta.json of the data, {} where it is not there yet."""
     file = Path(training.data) / "meta.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{file} is damaged: {e}") from e
 
 
 def check_packages(training, samples):
@@ -248,9 +287,35 @@ def fit_to_data(config, training, given_classes):
             runpy.run_path(str(prepare))["prepare"](Path(training.data))
         if dist.is_initialized():
             dist.barrier()
-    if given_classes is None and meta_of(training):
-        config = override(config, num_classes=len(meta_of(training)["classes"]))
+    classes = meta_of(training).get("classes")
+    if given_classes is None and isinstance(classes, list):
+        config = override(config, num_classes=len(classes))
     return config
+
+
+def prepare_end(config, training, args):
+    """What the end of a run needs: room on the disk, and the decoder of its samples, or None.
+
+    OSError or ValueError, one line.
+    """
+    decode, room = None, 0
+    if args.samples:
+        meta = meta_of(training)
+        latents = "scaling" in meta
+        decode = Decoder(config, meta["vae"] if latents else None, meta.get("scaling"), "cpu")
+        if not Path(training.out, "samples.npz").exists():
+            room += 2 * args.samples * math.prod(decode.shape)  # see support/shards.py
+    ckpt = Path(training.out, "ckpt.pt")
+    done = 0
+    if args.resume and ckpt.exists():  # `prepare_resume` has checked it
+        done = torch.load(ckpt, map_location="cpu", mmap=True, weights_only=True)["step"]
+    if done < training.steps:
+        with torch.device("meta"):
+            numbers = sum(p.numel() for p in config.build().parameters())
+        # weights, averages and AdamW's two moments; a new checkpoint is written beside the old one
+        room += 4 * 4 * numbers * (1 if ckpt.exists() else 2)
+    by_rank_0(lambda: need_room(training.out, room))
+    return decode
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,53 +328,91 @@ def train_and_sample(argv, preset=preset, on_eval=None, command="train_min.py"):
     preset: see `parse`. on_eval: see dydilit.train. command: what torchrun starts, for the line
     that says how to go on after an interruption.
     """
-    config, training, args = parse(argv, preset)
+    with first_speaks():
+        config, training, args = parse(argv, preset)
     join()
-    rank, _, device = distributed()
+    rank = distributed()[0]
     for line in check_packages(training, args.samples):
         if rank == 0:
             print(line, file=sys.stderr, flush=True)
     config = fit_to_data(config, training, args.num_classes)
     check_set(training.data, config)
-    if args.resume:
-        prepare_resume(config, training)
+    with folder_of(training):
+        if args.resume:
+            prepare_resume(config, training)
+        decode = prepare_end(config, training, args)
+        progress = Progress("train", training.steps, quiet=rank > 0)
 
-    progress = Progress("train", training.steps, quiet=rank > 0)
+        def on_step(step, loss):
+            progress(f"loss {loss:.4f}", step)
 
-    def on_step(step, loss):
-        progress(f"loss {loss:.4f}", step)
+        step = train(config, training, args.resume, on_step, on_eval)
+        if step < training.steps:
+            if rank == 0:
+                print(
+                    f"\nstopped at step {step} of {training.steps}, saved {training.out}/ckpt.pt; "
+                    f"to go on: {again(argv, command)}"
+                )
+            sys.exit(130)
+        if not args.samples:
+            return training, None
+        return training, samples_of(config, training, args, decode)
 
-    step = train(config, training, args.resume, on_step, on_eval)
+
+@contextmanager
+def folder_of(training):
+    """Hold the folder of the run, made if it is missing; removed again if nothing is in it."""
     out = Path(training.out)
-    if step < training.steps:
-        if rank == 0:
-            print(
-                f"\nstopped at step {step} of {training.steps}, saved {out}/ckpt.pt; "
-                f"to go on: {again(argv, command)}"
-            )
-        sys.exit(130)
-    if not args.samples:
-        return training, None
+    new = not out.exists()
+    by_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
+    try:
+        with one_run(out):
+            yield
+    finally:
+        if new and distributed()[0] == 0:
+            with suppress(OSError):  # not empty
+                out.rmdir()
 
+
+def samples_of(config, training, args, decode):
+    """Make samples.npz, unless it is there, and its pictures: its path."""
+    rank, _, device = distributed()
+    out = Path(training.out)
     model = DyDiLiT.from_pretrained(out / "ckpt.pt", kinds=(type(config),))
     npz = out / "samples.npz"
     labels = torch.arange(args.samples) % config.num_classes
     settings = settings_of(model, cfg=args.cfg, steps=args.sampling_steps, seed=training.seed)
-    if settings_in(npz, labels) != settings:  # not there yet, or samples of other weights
-        decode = Decoder(config, settings["vae"], model.meta.get("scaling"), device)
-        sample_to(npz, model, labels, settings, decode)
+    if not by_rank_0(lambda: settings_in(npz, labels) == settings):  # none, damaged, or others
+        if decode.vae is not None:
+            decode.vae.to(device)
+        sample_to(npz, model, labels, settings, decode, anew=True)  # the folder is this run's
     if rank == 0:
         draw(out, columns=min(config.num_classes, 20))
-    return training, npz
+    return npz
+
+
+def decorate(what, action):
+    """action(), which draws or judges: if it fails, a line says what is left out, and why."""
+    try:
+        return action()
+    except Exception as e:  # whatever the libraries of pictures and figures raise
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        line = f"{what}: left out ({reason:.300})"
+        print(line, file=sys.stderr, flush=True)
+        return None
 
 
 def draw(out, columns):
     """samples.png, eight rows with a class in each column, and loss.png."""
-    with np.load(out / "samples.npz") as made:
-        images = made["arr_0"][: 8 * columns]
-    save_grid(out / "samples.png", images, columns)
+
+    def grid():
+        with np.load(out / "samples.npz") as made:
+            images = made["arr_0"][: 8 * columns]
+        save_grid(out / "samples.png", images, columns)
+
+    decorate("samples.png", grid)
     if not missing("matplotlib"):
-        plot_loss(out / "log.jsonl", out / "loss.png")
+        decorate("loss.png", lambda: plot_loss(out / "log.jsonl", out / "loss.png"))
 
 
 def judge(npz, training):
@@ -322,7 +425,8 @@ def judge(npz, training):
 
     found = compare(npz, training.data)
     table = npz.with_suffix(".md")
-    table.write_text(f"{markdown(found)}\n")
+    with one_writer(npz.parent), written_whole(table) as beside:
+        beside.write_text(f"{markdown(found)}\n", encoding="utf-8")
     return f"{in_short(found)}\n  all figures and settings: {table}"
 
 
@@ -330,10 +434,12 @@ def next_steps(training, command):
     """Commands to go on with."""
     # train_min.py is followed by sample_min.py, -m experiments.train by -m experiments.sample
     sample = command.replace("train", "sample")
+    if sample.endswith(".py"):
+        sample = shlex.quote(path_of(sample))
     ckpt = shlex.quote(f"{training.out}/ckpt.pt")
     lines = [f"  python {sample} {ckpt} --out samples.gif"]
     if Path(training.data).name == "digits":
-        lines.append("  torchrun train_min.py --preset photos")
+        lines.append(f"  torchrun {shlex.quote(path_of('train_min.py'))} --preset photos")
     return "\n".join([*lines, "  your own images: data/README.md"])
 
 
@@ -343,11 +449,12 @@ def main(argv, preset=preset, on_eval=None, command="train_min.py"):
     if npz is None or distributed()[0] > 0:
         return
     others = "ckpt.pt log.jsonl samples.npz"
-    if not missing("matplotlib"):
+    if (npz.parent / "loss.png").exists():
         others += " loss.png"
     print(f"\nSamples, a class in each column:\n  {training.out}/samples.png")
     print(f"  beside it: {others}\n")
-    print(judge(npz, training))
+    if text := decorate("figures of the samples", lambda: judge(npz, training)):
+        print(text)
     print(f"\nGo on:\n{next_steps(training, command)}")
 
 

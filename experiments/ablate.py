@@ -15,7 +15,6 @@ For readers who check the paper's claims. Imports the scripts at the root and th
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
@@ -38,6 +37,7 @@ from experiments.baselines import LADDER, VARIANTS, preset
 from experiments.costs import sampling_costs, training_costs
 from experiments.probe import DIFFERENCES, mean_lambda, routers, smoothness
 from experiments.train import train_and_sample
+from support.lock import one_writer
 from support.processes import join
 from support.terminal import run
 
@@ -208,9 +208,7 @@ def work(argv):
     rank, _, device = distributed()
     out = folder_of(argv)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as lock:
-        if rank == 0:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_writer(out, wait=True):
         result = {"arguments": argv}
         try:
             training, npz = train_and_sample(argv)

@@ -5,8 +5,24 @@ draws with it.
 """
 
 import json
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
+
+
+@contextmanager
+def written_whole(path):
+    """A name beside `path` to write to. At the end of the block it takes the place of `path`, so a
+    kill or a full disk leaves the old file, or none, and never a half."""
+    beside = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def arrange(images, columns):
@@ -33,7 +49,8 @@ def picture_of(images, columns, side):
 
 def save_grid(path, images, columns):
     """(n, H, W, C) uint8 as one PNG; of more than three channels it shows the first three."""
-    picture_of(images, columns, side=48).save(path)
+    with written_whole(path) as beside:
+        picture_of(images, columns, side=48).save(beside, format="PNG")
 
 
 def with_greys(picture, levels=16):
@@ -56,7 +73,26 @@ def save_animation(path, frames, columns, seconds=3.0, hold=2.0):
         pictures = [picture.quantize(64) for picture in pictures]
     each = round(1000 * seconds / len(pictures))
     durations = [each] * (len(pictures) - 1) + [round(1000 * hold)]  # milliseconds
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    how = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
+    with written_whole(path) as beside:
+        pictures[0].save(beside, format="GIF", **how)
+
+
+def read_losses(log_path):
+    """The lines of a log.jsonl that have a step and a loss; others, such as torn ones, are left
+    out. ValueError if there is none."""
+    found = []
+    for text in Path(log_path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            numbers = line["step"], line["loss"], line.get("held_out_loss", 0)
+            if all(map(math.isfinite, numbers)):
+                found.append(line)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+            continue
+    if not found:
+        raise ValueError(f"{log_path} has no line with a step and a loss")
+    return found
 
 
 def plot_loss(log_path, path):
@@ -66,7 +102,7 @@ def plot_loss(log_path, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+    lines = read_losses(log_path)
     held_out = [line for line in lines if "held_out_loss" in line]
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(
@@ -87,7 +123,8 @@ def plot_loss(log_path, path):
     axes.yaxis.set_minor_formatter(label_some)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
     plt.close(figure)
 
 

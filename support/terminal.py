@@ -1,15 +1,21 @@
 """A script as a program: a progress bar, errors in one line, memory that it keeps.
 
-For whoever writes a script; readers of the paper need none of it. Imports torch and nothing else.
+For whoever writes a script; readers of the paper need none of it. Imports torch and
+support/processes.py.
 """
 
 import ctypes
+import io
 import os
+import signal
 import sys
 import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
 import torch.distributed as dist
+
+from support.processes import Voice
 
 
 class Progress:
@@ -38,14 +44,18 @@ class Progress:
         self.shown = now
         line = self.line(text, now - self.began)
         if self.live:
-            sys.stderr.write(f"\r{line} \n" if finished else f"\r{line} ")
+            line = f"\r{line} \n" if finished else f"\r{line} "
         else:
-            sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+            line = f"{line}\n"
+        try:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        except OSError:  # the terminal is gone; the work goes on
+            self.quiet = True
 
     def line(self, text, elapsed):
         bar = "#" * (24 * self.done // self.total)
-        rate = (self.done - self.first) / (elapsed + 1e-9)
+        rate = (self.done - self.first) / max(elapsed, 1e-9)  # two readings may be equal
         left = f"{rate:.2f}/s  {(self.total - self.done) / rate:.0f} s left" if rate else ""
         return f"{self.what} [{bar:.<24}] {self.done}/{self.total}  {text}  {left}"
 
@@ -70,29 +80,64 @@ def keep_memory():
 def run(main, *errors):
     """Call main() as the whole of a script; on a CPU, with `keep_memory`.
 
-    An exception of a type in `errors` becomes one line on stderr and exit status 1.
+    An exception of a type in `errors` becomes one line on stderr and exit status 1, Ctrl-C a line
+    and 130. Of several processes one speaks for all.
     """
+    print_anything()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts' imports were without
     if not torch.cuda.is_available():
         keep_memory()
+    several = "TORCHELASTIC_RUN_ID" in os.environ  # started by torchrun
+    script = os.path.basename(sys.argv[0])
     code = 0
     try:
         main()
     except errors as e:
-        code = f"{os.path.basename(sys.argv[0])}: error: {e}"
+        code = f"{script}: error: {' '.join(str(e).splitlines())}"
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        code = 130
     except SystemExit as e:
         code = e.code or 0
-    if dist.is_initialized():
+    except Exception:
+        if not several or not Voice().heard():  # else it is a consequence of another's error
+            raise
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left that Ctrl-C could tell
+    if dist.is_initialized() or (several and code):
         leave_group(code)
     if code:
         sys.exit(code)
 
 
+@contextmanager
+def first_speaks():
+    """For argparse, which prints help and errors itself: only process 0 of several prints."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        yield
+        return
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def print_anything():
+    """A terminal that lacks a letter, such as the plus-minus sign, gets a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def leave_group(code):
-    """End a process of a group at once: gloo's threads sometimes abort Python's own way out."""
-    dist.destroy_process_group()
+    """End one process of several at once: gloo's threads sometimes abort Python's own way out."""
     if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+        voice = Voice()
+        if spoke := voice.is_mine():
+            print(code, file=sys.stderr, flush=True)
+        code = voice.status(1, spoke)
+    elif code == 2:  # argparse has said why
+        code = Voice().status(code, spoke=os.environ.get("RANK") == "0")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        if stream:
+            stream.flush()
     os._exit(code)

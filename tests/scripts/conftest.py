@@ -1,6 +1,7 @@
 """Scripts run here as from a command line; a model of latents with its autoencoder."""
 
 import runpy
+import signal
 import sys
 from dataclasses import replace
 
@@ -40,6 +41,7 @@ def script(monkeypatch, capsys):
             code = 0
         except SystemExit as e:
             code = e.code
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the end of a process
         return code, *capsys.readouterr()
 
     return call

@@ -1,6 +1,7 @@
 """An .npz of samples: latents decoded, shared among processes, interrupted and taken up again."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,11 +154,16 @@ def killed(after, latents, out):
     assert done.returncode == -signal.SIGKILL
 
 
+def marks(out):
+    """Which chunks of an unfinished file are marked as done."""
+    return shards.read_marks(Path(f"{out}.partial"))["done"].tolist()
+
+
 def test_a_killed_run_leaves_its_chunks_and_no_file(latents, tmp_path):
     out = tmp_path / "s.npz"
     killed(2, latents, out)
     assert not out.exists()
-    assert (tmp_path / "s.npz.partial" / "done").read_bytes() == b"\1\1\0"
+    assert marks(out) == [1, 1, 0]
 
 
 def test_a_killed_run_goes_on_without_doing_anything_twice(
@@ -225,6 +231,151 @@ def test_other_settings_do_not_go_on_with_it(latents, sample, tmp_path, flag, na
     assert not out.exists() and (tmp_path / "s.npz.partial").exists()
 
 
+# --------------------------------------------------------------------------------------------------
+# Bytes that are not as they were written.
+
+
+@pytest.fixture(scope="module")
+def begun(latents, tmp_path_factory):
+    """The folder of a run that was killed after two of three chunks."""
+    out = tmp_path_factory.mktemp("begun") / "s.npz"
+    killed(2, latents, out)
+    return Path(f"{out}.partial")
+
+
+@pytest.fixture
+def resumed(begun, latents, whole, tmp_path, monkeypatch, capsys):
+    """resumed(damage) copies `begun`, calls damage(folder) and goes on: chunks made, stderr.
+
+    The file is the same as that of a run without an interruption.
+    """
+
+    def call(damage):
+        out, chunks, original = tmp_path / "s.npz", [], sample_min.generate
+        folder = shutil.copytree(begun, f"{out}.partial")
+        damage(Path(folder))
+
+        def spy(model, labels, index, *args, **kwargs):
+            chunks.append(index.start // 4)
+            return original(model, labels, index, *args, **kwargs)
+
+        monkeypatch.setattr(sample_min, "generate", spy)
+        sample_min.main([str(latents), *FLAGS, f"--out={out}"])
+        assert same(out, whole) and [p.name for p in tmp_path.iterdir()] == ["s.npz"]
+        lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("sample [")]
+        return chunks, lines
+
+    return call
+
+
+def flip(file, bit):
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def test_an_undamaged_folder_is_taken_up_without_a_word(resumed):
+    assert resumed(lambda folder: None) == ([2], [])
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_a_chunk_with_a_flipped_bit_is_made_again(resumed, chunk):
+    def damage(folder):
+        size = (folder / "images.npy").stat().st_size
+        flip(folder / "images.npy", 8 * (size - (11 - 4 * chunk) * 768) + 5)
+
+    chunks, (line,) = resumed(damage)
+    assert chunks == [chunk, 2]
+    assert "s.npz.partial: 1 of 3 chunks are not as they were written and are made again" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\1", b"\1\1\0", b"\1\1\1", bytes(5), bytes(20)])
+def test_marks_of_a_wrong_length_are_no_marks(resumed, content):
+    chunks, (line,) = resumed(lambda folder: (folder / "done").write_bytes(content))
+    assert chunks == [0, 1, 2] and "s.npz.partial is begun anew: done has " in line
+
+
+def test_marks_that_nobody_wrote_are_no_marks(resumed):
+    chunks, (line,) = resumed(lambda folder: (folder / "done").write_bytes(b"\1\0\0\0\0" * 3))
+    assert chunks == [0, 1, 2] and "3 of 3 chunks" in line
+
+
+@pytest.mark.parametrize("name", ["done", "images.npy"])
+def test_a_folder_that_lost_a_file_is_begun_anew(resumed, name):
+    chunks, (line,) = resumed(lambda folder: (folder / name).unlink())
+    assert chunks == [0, 1, 2] and "is begun anew: " in line
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"3", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_settings_that_cannot_be_read_are_no_settings(resumed, content):
+    chunks, (line,) = resumed(lambda folder: (folder / "settings.json").write_bytes(content))
+    assert chunks == [0, 1, 2] and line.endswith("is begun anew: settings.json is damaged")
+
+
+@pytest.mark.parametrize("kept", [0, 60, 128, 1000])
+def test_images_that_were_cut_short_are_made_anew(resumed, kept):
+    chunks, (line,) = resumed(lambda folder: os.truncate(folder / "images.npy", kept))
+    assert chunks == [0, 1, 2] and "is begun anew: images.npy is damaged" in line
+
+
+def test_images_of_another_shape_are_made_anew(resumed):
+    other = np.zeros((11, 16, 16, 1), np.uint8)
+    chunks, (line,) = resumed(lambda folder: np.save(folder / "images.npy", other))
+    assert chunks == [0, 1, 2] and "images.npy is uint8 (11, 16, 16, 1)" in line
+
+
+@pytest.fixture
+def finished_file(latents, tmp_path, capsys):
+    """A finished file and what the same command says about it."""
+    out = tmp_path / "s.npz"
+    sample_min.main([str(latents), *FLAGS, f"--out={out}"])
+    labels = torch.from_numpy(read(out)[1])
+
+    def says():
+        try:
+            sample_min.main([str(latents), *FLAGS, f"--out={out}"])
+            return capsys.readouterr().out
+        except FileExistsError as e:
+            return str(e)
+
+    capsys.readouterr()
+    assert says() == f"{out}: already there\n" and sample_min.settings_in(out, labels)
+    return out, says
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 5000, -300, -20, -1])
+def test_a_finished_file_that_was_cut_short_is_not_this_commands(finished_file, kept):
+    out, says = finished_file
+    os.truncate(out, kept if kept >= 0 else out.stat().st_size + kept)
+    assert "exists, and not by this command; delete it" in says()
+
+
+def test_a_finished_file_whose_images_cannot_be_read_is_not_this_commands(finished_file):
+    out, says = finished_file
+    flip(out, 8 * 2000 + 3)
+    assert "exists, and not by this command; delete it" in says()
+
+
+def test_no_flip_in_a_finished_file_changes_what_is_believed(finished_file):
+    """600 flips of one to three bits: refused in one line, or every array is as it was."""
+    out, says = finished_file
+    before, good = out.read_bytes(), read(out)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(600):
+        out.write_bytes(before)
+        for bit in rng.integers(8 * len(before), size=rng.integers(1, 4)):
+            flip(out, int(bit))
+        if "not by this command" in says():
+            refused += 1
+        else:
+            now = read(out)
+            assert all(a.tobytes() == b.tobytes() for a, b in zip(good[:2], now[:2]))
+            assert good[2] == now[2]
+    print(f"600 mutations of a finished .npz: {refused} refused, {600 - refused} without effect")
+    assert refused > 500
+
+
 @pytest.fixture
 def there(latents, sample, tmp_path, monkeypatch):
     """A finished file; from here on no image can be made."""
@@ -263,7 +414,8 @@ def test_a_disk_without_room_is_refused_before_the_start(latents, sample, tmp_pa
     usage = type("usage", (), {"free": 2 * 11 * 16 * 16 * 3 - 1})
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage)
     code, _ = sample(latents, *FLAGS, f"--out={tmp_path}/s.npz")
-    assert code.startswith("OSError: ") and "its disk has 0.0 GB left" in code
+    assert code.startswith("OSError: ")
+    assert code.endswith("needs 16.9 kB, its disk has 16.9 kB left, 1 byte too few")
 
 
 def test_a_disk_that_fills_up_keeps_what_is_done(latents, whole, sample, tmp_path, monkeypatch):
@@ -277,7 +429,7 @@ def test_a_disk_that_fills_up_keeps_what_is_done(latents, whole, sample, tmp_pat
 
     monkeypatch.setattr(shards.os, "fsync", full)
     assert "No space left" in sample(latents, *FLAGS, f"--out={out}")[0]
-    assert (tmp_path / "s.npz.partial" / "done").read_bytes() == b"\1\0\0"
+    assert marks(out) == [1, 0, 0]
     assert sample(latents, *FLAGS, f"--out={out}")[0] == 0
     assert same(out, whole)
 

@@ -1,6 +1,7 @@
 """train_min.py's presets, fields and the command that continues a run."""
 
 import re
+import shlex
 
 import pytest
 from runs import CONFIG, RUN
@@ -47,8 +48,37 @@ def test_override_checks_values():
         override(PRESETS["S/2"], input_size=9)
 
 
+@pytest.fixture(autouse=True)
+def without_torchrun(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+
+
 def test_the_command_to_go_on_quotes_its_arguments():
-    assert again(["--resume", "--out=a b"]) == "torchrun train_min.py '--out=a b' --resume"
+    assert again(["--resume", "--out=a b"]) == "python train_min.py '--out=a b' --resume"
+
+
+def test_the_command_to_go_on_starts_torchrun_where_torchrun_started_the_run(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert again([]) == "torchrun train_min.py --resume"
+
+
+def test_the_command_to_go_on_works_in_another_folder(monkeypatch, tmp_path):
+    """By the path that the user gave; below the folder by the short one."""
+    place, elsewhere = tmp_path / "some where", tmp_path / "else"
+    place.mkdir()
+    elsewhere.mkdir()
+    (place / "train_min.py").touch()
+    for cwd, started, printed in (
+        (elsewhere, place / "train_min.py", str(place / "train_min.py")),
+        (elsewhere, "../some where/train_min.py", "../some where/train_min.py"),
+        (place, place / "train_min.py", "train_min.py"),
+        (tmp_path, place / "train_min.py", "some where/train_min.py"),
+    ):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr("sys.argv", [str(started)])
+        assert shlex.split(again([])) == ["python", printed, "--resume"]
+    assert again([], "-m experiments.train") == "python -m experiments.train --resume"
 
 
 def test_the_command_to_go_on_has_the_processes_of_this_run(monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import CONFIG, ROOT, RUN, finish, flags, start, torchrun
+from runs import CONFIG, ROOT, RUN, finish, flags, prepare_digits, start, torchrun
 
 import eval_min
 import sample_min
@@ -260,6 +260,138 @@ def test_without_diffusers_latents_are_not_trained_on(latents, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
+# What the end needs is looked for at the start; what decorates ends nothing.
+
+
+def latents_run(latents, out):
+    """Flags of the run of `latents`, with samples, into another folder."""
+    config = replace(CONFIG, in_channels=4, num_classes=3)
+    training = replace(RUN, data=str(latents.parent.parent / "set"), out=str(out), ema_decay=0.0)
+    return [*flags(**asdict(config), **asdict(training)), *SAMPLES]
+
+
+def test_a_run_on_latents_ends_with_decoded_samples(latents, script, tmp_path):
+    code, _, stderr = script("train_min.py", *latents_run(latents, tmp_path / "out"))
+    assert code == 0, stderr
+    with np.load(tmp_path / "out" / "samples.npz") as npz:
+        assert npz["arr_0"].shape == (40, 16, 16, 3)
+
+
+def test_an_autoencoder_out_of_reach_is_found_out_before_the_first_step(
+    latents, script, tmp_path, monkeypatch
+):
+    arguments = latents_run(latents, tmp_path / "out")
+    data = shutil.copytree(latents.parent.parent / "set", tmp_path / "set")
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"vae": "nobody/nothing"}))
+    monkeypatch.setattr(train_min, "train", None)
+    code = script("train_min.py", *arguments, f"--data={data}")[0]
+    assert code.startswith("train_min.py: error: cannot load the autoencoder 'nobody/nothing'")
+    assert "\n" not in code and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("free", "named"),
+    [(0, "has 0 bytes left"), (20_000, "has 20.0 kB left"), (200_000, "has 200.0 kB left")],
+)
+def test_a_disk_without_room_is_found_out_before_the_first_step(
+    digits, script, tmp_path, monkeypatch, free, named
+):
+    """Two checkpoints of 12,040 parameters at 16 bytes, and samples, need more."""
+    usage = type("usage", (), {"free": free})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    code = script("train_min.py", *TINY, f"--data={digits}", f"--out={tmp_path}/out")[0]
+    assert code.startswith(f"train_min.py: error: {tmp_path}/out needs ") and named in code
+    assert code.endswith(" too few") and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_as_large_as_was_looked_for(finished, digits, monkeypatch):
+    found = []
+    monkeypatch.setattr(train_min, "need_room", lambda path, need: found.append(need))
+    arguments = [*TINY, "--samples=0", f"--data={digits}", "--out=out"]
+    config, training, args = train_min.parse(arguments)
+    train_min.prepare_end(config, training, args)
+    size = (finished[0] / "ckpt.pt").stat().st_size
+    assert found == [pytest.approx(2 * size, rel=0.25)], "a small model's index counts"
+
+
+def test_a_finished_run_needs_no_room(finished, again, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("usage", (), {"free": 0}))
+    assert "Samples, a class in each column" in again(finished[0])
+
+
+def test_a_terminal_of_plain_ascii_sees_the_end(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={tmp_path}/o\u00fct"]
+    process = start("train_min.py", *arguments)
+    stdout, stderr = finish(process)
+    assert process.returncode == 0 and "Go on:" in stdout, stderr
+    assert "\u00b1" in (tmp_path / "o\u00fct" / "samples.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["save_grid", "plot_loss"])
+def test_a_picture_that_cannot_be_drawn_is_one_line(copy, again, capsys, monkeypatch, name):
+    out, _ = copy
+    code = f"""
+import sys, train_min
+def broken(*_): raise RuntimeError("no\\nfonts")
+train_min.{name} = broken
+train_min.main(sys.argv[1:])
+"""
+    picture = {"save_grid": "samples.png", "plot_loss": "loss.png"}[name]
+    data = out.parent / "digits"
+    prepare_digits(data)
+    (out / picture).unlink()
+    arguments = [*TINY, *SAMPLES, f"--data={data}", f"--out={out}", "--resume"]
+    process = start("-c", code, *arguments)
+    stdout, stderr = finish(process)
+    assert process.returncode == 0 and "Go on:" in stdout
+    assert stderr == f"{picture}: left out (RuntimeError: no fonts)\n"
+    assert not (out / picture).exists()
+
+
+def test_figures_that_cannot_be_computed_are_one_line(copy, digits, capsys, monkeypatch):
+    out, _ = copy
+    monkeypatch.setattr(eval_min, "compare", lambda *_: 1 / 0)
+    arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={out}", "--resume"]
+    train_min.main(arguments)
+    stdout, stderr = capsys.readouterr()
+    assert "Go on:" in stdout
+    assert "figures of the samples: left out (ZeroDivisionError: division by zero)" in stderr
+
+
+BAD_LINES = ["", "{", "3", "{}", "null", "[1]", '{"step": 1}', '{"step": "a", "loss": 1}', "\0\xff"]
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_line_of_the_log_that_cannot_be_read_does_not_stop_the_plot(copy, line):
+    out, _ = copy
+    log = out / "log.jsonl"
+    log.write_bytes(log.read_bytes() + line.encode("latin-1") + b"\n")
+    (out / "loss.png").unlink()
+    train_min.draw(out, 10)
+    assert (out / "loss.png").exists()
+
+
+def test_unfinished_samples_of_other_weights_do_not_stop_a_longer_run(copy, digits, script):
+    """A run is interrupted while it samples, and then trained further."""
+    out, _ = copy
+    (out / "samples.npz").unlink()
+    code = "import sys, os, sample_min, train_min\n"
+    code += "sample_min.generate = lambda *_, **__: os._exit(9)\ntrain_min.main(sys.argv[1:])"
+    arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={out}", "--resume"]
+    process = start("-c", code, *arguments)
+    finish(process)
+    assert process.returncode == 9 and (out / "samples.npz.partial").exists()
+    code, _, stderr = script("train_min.py", *arguments, "--steps=7")
+    assert code == 0 and "samples.npz.partial is begun anew: other settings: weights" in stderr
+    assert sorted(p.name for p in out.iterdir()) == LEFT
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line.
 
 
@@ -324,6 +456,9 @@ def test_the_command_that_continues_is_that_of_the_caller(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
     got = train_min.again(["--preset=DiT-digits"], "-m experiments.train")
+    assert got == "python -m experiments.train --preset=DiT-digits --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    got = train_min.again(["--preset=DiT-digits"], "-m experiments.train")
     assert got == "torchrun -m experiments.train --preset=DiT-digits --resume"
 
 
@@ -379,6 +514,10 @@ def test_a_variant_has_the_recipe_of_its_preset_and_a_folder_of_its_own():
         (["--samples=-1"], "--samples must be 0 or at least 2"),
         (["--sampling-steps=1"], "--sampling-steps between 2 and 1000"),
         (["--lr=1e30", "--warmup=0"], "step 1: loss"),
+        (["--seed=18446744073709551616"], f"seed must be less than {2**63}, got 18446744073709"),
+        ([f"--steps={10**30}"], f"steps must be less than {2**63}"),
+        ([f"--samples={2**64}"], f"samples must be less than {2**63}"),
+        (["--cfg=nan"], "--cfg must be a finite number, got nan"),
     ],
 )
 def test_a_wrong_value_is_one_line(script, digits, tmp_path, arguments, message):

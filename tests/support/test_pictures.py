@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.pictures import label_some, save_animation, save_grid
+from support.pictures import label_some, read_losses, save_animation, save_grid, written_whole
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -60,3 +60,42 @@ def test_an_animation_takes_three_seconds_and_holds_its_end(tmp_path):
 def test_ticks_of_the_loss_are_labelled_if_they_do_not_overlap():
     ticks = {0.1: "0.1", 0.2: "0.2", 0.3: "0.3", 0.4: "", 0.5: "0.5", 0.7: "", 2: "2"}
     assert {tick: label_some(tick, None) for tick in ticks} == ticks
+
+
+LOG = [
+    b'{"step": 1, "loss": 2.0}',
+    b"",
+    b"{",
+    b"3",
+    b"null",
+    b"{}",
+    b'{"step": 2}',
+    b'{"step": 2, "loss": NaN}',
+    b'{"step": "a", "loss": 1}',
+    b'{"step": "2", "loss": "1"}',
+    b'{"step": 2, "loss": [1]}',
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"step": 3, "loss": 1.0, "held_out_loss": 1.5}',
+    b'{"step": 4, "lo',
+]
+
+
+def test_lines_of_a_log_that_cannot_be_read_are_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(LOG))
+    assert [line["step"] for line in read_losses(tmp_path / "log.jsonl")] == [1, 3]
+
+
+def test_a_log_without_a_readable_line_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl has no line with a step and a loss"):
+        read_losses(tmp_path / "log.jsonl")
+
+
+def test_a_picture_that_fails_on_the_way_leaves_the_old_one(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"old")
+    with pytest.raises(KeyError), written_whole(tmp_path / "a.png") as beside:
+        beside.write_bytes(b"half")
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"old"

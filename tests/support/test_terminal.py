@@ -1,9 +1,11 @@
 """support/terminal.py: the bar, the error line, the memory that stays."""
 
+import signal
 import sys
+import time
 
 import pytest
-from runs import finish, start
+from runs import ROOT, finish, start, torchrun
 
 from support.terminal import Progress
 
@@ -88,3 +90,118 @@ run(main)
 """
     before, again, first, after = map(int, finish(start("-c", code))[0].split())
     assert min(before, again, first) > 12 and after <= 0.1 * again
+
+
+# --------------------------------------------------------------------------------------------------
+# What must not end a run, and what ends it in one line.
+
+
+def test_two_equal_readings_of_the_clock_are_no_error(monkeypatch):
+    monkeypatch.setattr("support.terminal.time.time", lambda: 5.0)
+    progress = Progress("train", 3)
+    for _ in range(3):
+        progress("loss 1")
+    assert "3/3" in progress.line("", 0.0)
+    progress.line("", -1e-9)
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_work(monkeypatch):
+    class Gone:
+        def isatty(self):
+            return False
+
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    progress = Progress("train", 2)
+    progress()
+    progress()
+    assert progress.done == 2
+
+
+def test_a_letter_that_the_terminal_lacks_is_a_question_mark():
+    code = "import sys; sys.stdout.reconfigure(encoding='ascii'); "
+    code += "from support.terminal import run; run(lambda: print('1 \\u00b1 2 \\ud800'))"
+    process = start("-c", code)
+    stdout, stderr = finish(process)
+    assert (process.returncode, stdout, stderr) == (0, "1 ? 2 ?\n", "")
+
+
+def test_an_error_of_several_lines_is_one_line():
+    process = start("-c", ERROR.format(error="ValueError('why\\nand\\n\\nwhere')"))
+    assert finish(process)[1] == "-c: error: why and  where\n"
+
+
+def test_ctrl_c_is_one_line_and_exit_status_130():
+    process = start("-c", ERROR.format(error="KeyboardInterrupt"))
+    stderr = finish(process)[1]
+    assert (process.returncode, stderr) == (130, "\n-c: interrupted\n")
+
+
+@pytest.mark.parametrize("script", ["train_min.py", "sample_min.py", "eval_min.py"])
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 2.5])
+def test_ctrl_c_at_any_time_leaves_no_traceback(script, seconds, tmp_path):
+    arguments = ["nowhere"]
+    if script == "train_min.py":
+        arguments = ["--data=nowhere", f"--out={tmp_path}/out"]
+    process = start(script, *arguments)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in finish(process)[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes: one speaks.
+
+SPEAKERS = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from support.processes import join
+from support.terminal import run
+rank = int(os.environ["RANK"])
+def main():
+    {body}
+run(main, ValueError)
+"""
+
+
+def spoken(tmp_path, body, n=3):
+    """stderr of n processes that run `body`: their lines, and torchrun's."""
+    (tmp_path / "speakers.py").write_text(SPEAKERS.format(root=str(ROOT), body=body))
+    process = torchrun("--standalone", f"--nproc_per_node={n}", tmp_path / "speakers.py")
+    stderr = finish(process)[1]
+    assert process.returncode == 1
+    lines = stderr.splitlines()
+    ours = [line for line in lines if line.startswith("speakers.py: error")]
+    return ours, [line for line in lines if line not in ours]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise ValueError(f'wrong, says {rank}')",
+        "time.sleep(0.5 * (2 - rank)); raise ValueError(f'wrong, says {rank}')",
+        "join(); raise ValueError(f'wrong, says {rank}')",
+    ],
+    ids=["at once", "process 0 last", "in a group"],
+)
+def test_a_mistake_is_said_once_by_process_0(tmp_path, body):
+    ours, torchruns = spoken(tmp_path, body)
+    assert ours == ["speakers.py: error: wrong, says 0"]
+    assert sum("exitcode  :" in line for line in torchruns) == 1, "torchrun reports one process"
+    assert not any("closing signal" in line for line in torchruns)
+
+
+def test_a_mistake_that_one_process_alone_meets_is_said_by_it(tmp_path):
+    ours, _ = spoken(tmp_path, "time.sleep(60 * (rank != 1)); raise ValueError(f'says {rank}')")
+    assert ours == ["speakers.py: error: says 1"]
+
+
+def test_what_follows_from_the_mistake_of_another_is_not_said(tmp_path):
+    body = """join()
+    if rank == 0: raise ValueError("wrong")
+    import torch.distributed as dist; dist.barrier()"""
+    ours, torchruns = spoken(tmp_path, body, n=2)
+    assert ours == ["speakers.py: error: wrong"]
+    assert sum("Traceback" in line for line in torchruns) == 1, "torchrun's own"
