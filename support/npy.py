@@ -12,8 +12,9 @@ import numpy as np
 def read_header(f, size):
     """(shape, whether in Fortran order, dtype) of a .npy of `size` bytes in the open file f.
 
-    f then stands at the first value. ValueError unless the values that the header claims are
-    exactly the bytes that follow; nothing is allocated for them.
+    f then stands at the first value. ValueError, a predicate such as "is shorter than its header
+    says", unless the bytes that follow are the values that the header claims; nothing is allocated
+    for them.
     """
     read = np.lib.format.read_array_header_1_0
     try:
@@ -22,15 +23,15 @@ def read_header(f, size):
         shape, fortran, dtype = read(f)
     except Exception as e:  # numpy evaluates the header as Python: errors of many types
         reason = " ".join(str(e).split())
-        raise ValueError(f"no header of a .npy file, or a damaged one ({reason:.100})") from e
+        raise ValueError(f"is no .npy array, or a damaged one ({reason:.100})") from e
     if dtype.hasobject:
-        raise ValueError("it holds Python objects, expected numbers")
+        raise ValueError("holds Python objects, expected numbers")
     if any(n < 0 for n in shape):
-        raise ValueError(f"its header has the shape {shape}")
+        raise ValueError(f"has the shape {shape}")
     found, expected = size - f.tell(), math.prod(shape) * dtype.itemsize
     if found != expected:
         than = "shorter" if found < expected else "longer"
-        raise ValueError(f"{than} than its header says: {found} bytes, expected {expected}")
+        raise ValueError(f"is {than} than its header says: {found} bytes, expected {expected}")
     return shape, fortran, dtype
 
 
@@ -40,6 +41,6 @@ def open_npy(file):
         try:
             shape, fortran, dtype = read_header(f, os.fstat(f.fileno()).st_size)
         except ValueError as e:
-            raise ValueError(f"{file}: {e}") from e
+            raise ValueError(f"{file} {e}") from e
         offset = f.tell()
     return np.memmap(file, dtype, "r", offset, shape, "F" if fortran else "C")

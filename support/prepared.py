@@ -5,6 +5,7 @@ is one line that names the file, the field, what was found and what was expected
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -146,11 +147,12 @@ def check_set(path: str | Path, config: Config):
 
 
 def command_that_makes(path: Path, config: Config) -> str:
+    out = shlex.quote(str(path))
     if path.name in ("digits", "photos"):
-        return f"python data/{path.name}/prepare.py --out {path}"
+        return f"python data/{path.name}/prepare.py --out {out}"
     size = config.input_size
     what = f"{8 * size} --vae" if config.in_channels == 4 else size
-    return f"python data/imagefolder/prepare.py ROOT --size {what} --out {path}"
+    return f"python data/imagefolder/prepare.py ROOT --size {what} --out {out}"
 
 
 def layout(meta: dict, config: Config) -> tuple[str, tuple]:
