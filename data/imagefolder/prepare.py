@@ -207,7 +207,7 @@ def class_folders(root, skipped):
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     folders = []
-    for entry in root.iterdir():
+    for entry in sorted(root.iterdir()):
         if entry.name.startswith("."):
             skipped["names with a dot in front"] += 1
         elif entry.is_dir():
@@ -262,7 +262,7 @@ def find(root, n_classes=None, class_seed=0):
 
 
 def listed(skipped):
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
+    return "; ".join(f"{reason} ({n})" for reason, n in sorted(skipped.items()))
 
 
 def refuse_splits(root, options):
@@ -406,7 +406,7 @@ def prepare(
             remove(out, TEMPS + NAMES)
         raise
     if animated := count_animated(out):
-        print(f"of {animated} files with several frames the first was taken", file=sys.stderr)
+        print(f"of several frames the first was taken, in files: {animated}", file=sys.stderr)
     remove(out, TEMPS)
     print(summary(out, np.load(out / "images.npy", mmap_mode="r"), meta))
 

@@ -49,7 +49,7 @@ def test_data_that_do_not_fit_the_model_are_refused(tmp_path, images, labels, me
 
 def test_a_set_with_nothing_left_to_train_on_is_refused(tmp_path):
     folder = write_set(tmp_path / "set", GREY, LABELS, held_out=12)
-    with pytest.raises(ValueError, match="meta.json: held_out is 12, expected less than the 12 im"):
+    with pytest.raises(ValueError, match=r"meta\.json: held_out is 12, expected less than the 12"):
         check_set(folder, CONFIG)
 
 
