@@ -156,6 +156,8 @@ def read_extras(file):
         raise ValueError("not an .npz file, or a truncated one")
     wanted = {"labels", "settings", "channels", *KINDS[0], *KINDS[1]}
     with zipfile.ZipFile(file) as z:
+        for member in z.infolist():
+            z.open(member).close()  # its name in the directory is the one that stands before it
         found = [name.removesuffix(".npy") for name in z.namelist()]
     more = {name: read_array(file, name) for name in wanted.intersection(found)}
     settings = more.get("settings", np.array("{}"))
