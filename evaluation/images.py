@@ -7,6 +7,7 @@ raise a ValueError of one line that names the file.
 
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -141,6 +142,18 @@ def read_npz(file) -> Images:
     return Images(Path(file).name, shape, lambda n: stream(file, n), more)
 
 
+def names_in(file):
+    """The names of all arrays of an .npz. ValueError if its directory does not have them all."""
+    with zipfile.ZipFile(file) as z, open(file, "rb") as f:
+        f.seek(-len(z.comment) - 22, os.SEEK_END)  # the last record of a zip
+        (number,) = struct.unpack_from("<H", f.read(22), 10)
+        if number not in (len(z.namelist()), 0xFFFF):  # the latter stands for more
+            raise ValueError(f"it has {number} arrays, and {len(z.namelist())} in its directory")
+        for member in z.infolist():
+            z.open(member).close()  # which compares its name with the one before its bytes
+        return [name.removesuffix(".npy") for name in z.namelist()]
+
+
 def has_nan(f, dtype):
     while block := f.read(2**16 * dtype.itemsize):
         if np.isnan(np.frombuffer(block, dtype)).any():
@@ -155,10 +168,7 @@ def read_extras(file):
     if not zipfile.is_zipfile(file):
         raise ValueError("not an .npz file, or a truncated one")
     wanted = {"labels", "settings", "channels", *KINDS[0], *KINDS[1]}
-    with zipfile.ZipFile(file) as z:
-        for member in z.infolist():
-            z.open(member).close()  # its name in the directory is the one that stands before it
-        found = [name.removesuffix(".npy") for name in z.namelist()]
+    found = names_in(file)
     more = {name: read_array(file, name) for name in wanted.intersection(found)}
     settings = more.get("settings", np.array("{}"))
     if settings.shape != () or settings.dtype.kind != "U":
