@@ -31,7 +31,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))  # where this file is imported, not started
 from prepared import NAMES, one_writer, shuffled, summary
-from rows import DONE, PLAN, ROWS, Rows, begin, check_room, count_animated, fill, torchrun
+from rows import DONE, PLAN, ROWS, Rows, begin, check_room, count_animated, fill, give_up, torchrun
 
 SEED = 0
 # Pillow knows these formats by name; it cannot decode them, or has another program do it.
@@ -529,14 +529,30 @@ def parser():
 
 def main():
     p = parser()
-    args = p.parse_args()
     try:
-        prepare(**vars(args))
+        prepare(**vars(p.parse_args()))
     except (ValueError, OSError, KeyboardInterrupt) as e:
         message = "\n".join([str(e) or "interrupted", *getattr(e, "__notes__", [])])
         status = 130 if isinstance(e, KeyboardInterrupt) else 2
         p.exit(status, f"{p.prog}: error: {message}\n")
 
 
+def one_of_several():
+    """`main` under torchrun, where one process prints an error for all."""
+    from support.terminal import first_speaks, leave_group  # torch
+
+    p = parser()
+    try:
+        with first_speaks():
+            args = p.parse_args()
+        prepare(**vars(args))
+    except (ValueError, OSError, KeyboardInterrupt) as e:
+        give_up()
+        message = "\n".join([str(e) or "interrupted", *getattr(e, "__notes__", [])])
+        leave_group(f"{p.prog}: error: {message}")
+    except SystemExit as e:
+        leave_group(e.code)
+
+
 if __name__ == "__main__":
-    main()
+    one_of_several() if "TORCHELASTIC_RUN_ID" in os.environ else main()

@@ -102,6 +102,13 @@ def torchrun():
     return rank, world, store
 
 
+def give_up():
+    """Tell ranks that wait for the plan of rank 0 that there will be none."""
+    rank, world, store = torchrun()
+    if rank == 0 and world > 1:
+        store.set("plan", "null")
+
+
 def begin(out, plan, files, dtype, shape, team):
     """Lay out a run in the folder `out`, or take up the one that stopped there.
 
@@ -111,7 +118,10 @@ def begin(out, plan, files, dtype, shape, team):
     """
     rank, world, store = team
     if rank > 0:
-        if json.loads(store.get("plan")) != plan:
+        first = json.loads(store.get("plan"))
+        if first is None:
+            raise ValueError("rank 0 could not begin")
+        if first != plan:
             raise ValueError(f"rank {rank} finds other files or settings than rank 0")
         return
     then, n_done = None, 0
