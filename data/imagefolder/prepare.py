@@ -307,10 +307,16 @@ def n_held_out(share, n):
 
 
 def one_at_a_time(prepare):
-    """`prepare` as the only writer in its folder. The folder goes again if it is left empty."""
+    """`prepare` as the only writer in its folder. The folder goes again if it is left empty.
+
+    Of several ranks the first makes and holds it for all.
+    """
 
     @functools.wraps(prepare)
     def alone(root, size, out, *arguments, **options):
+        if os.environ.get("RANK", "0") != "0":
+            prepare(root, size, out, *arguments, **options)
+            return
         made = not os.path.exists(out)
         os.makedirs(out, exist_ok=True)
         try:
