@@ -125,7 +125,16 @@ def command(prepare, folder, what):
     parser = argparse.ArgumentParser(description=f"prepare {what}")
     parser.add_argument("--out", default=folder, help="folder to write (default: this script's)")
     args = parser.parse_args()
+    print_anything()
     try:
         prepare(args.out)
     except (ValueError, OSError) as e:
-        parser.error(str(e))
+        parser.exit(2, f"{parser.prog}: error: {e}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: error: interrupted\n")
+
+
+def print_anything():
+    """A path that the terminal cannot show is written out; it costs no finished set its success."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")

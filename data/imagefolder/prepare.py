@@ -30,7 +30,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))  # where this file is imported, not started
-from prepared import NAMES, one_writer, shuffled, summary
+from prepared import NAMES, one_writer, print_anything, shuffled, summary
 from rows import DONE, PLAN, ROWS, Rows, begin, check_room, count_animated, fill, give_up, torchrun
 
 SEED = 0
@@ -535,6 +535,7 @@ def parser():
 
 def main():
     p = parser()
+    print_anything()
     try:
         prepare(**vars(p.parse_args()))
     except (ValueError, OSError, KeyboardInterrupt) as e:
@@ -548,6 +549,7 @@ def one_of_several():
     from support.terminal import first_speaks, leave_group  # torch
 
     p = parser()
+    print_anything()
     try:
         with first_speaks():
             args = p.parse_args()

@@ -26,7 +26,7 @@ from latent_sets import (
     stop_at,
 )
 from PIL import Image
-from runs import SET_FILES, contents, finish, load_prepare, read_set, start
+from runs import SET_FILES, contents, finish, load_prepare, read_set, start, torchrun
 
 from support.lock import one_writer
 
@@ -114,6 +114,38 @@ def test_latents_are_written_by_one_run_at_a_time(images, vae, tmp_path):
     assert process.returncode == 2 and stderr.count("\n") == 1
     assert f"{out} is being written by process {os.getpid()} on " in stderr
     assert contents(out) == {}
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_under_torchrun_an_error_is_said_once_and_no_rank_waits(images, vae, tmp_path, held):
+    out = tmp_path / "set"
+    out.mkdir()
+    began, command = time.monotonic(), ["--standalone", "--nproc_per_node=2", SCRIPT]
+    if held:
+        with one_writer(out):
+            _, stderr = finish(process := torchrun(*command, *arguments(images, out, vae)))
+    else:
+        root = tmp_path / "nowhere"
+        _, stderr = finish(process := torchrun(*command, *arguments(root, out, vae)))
+    message = f"{out} is being written by" if held else f"{root} is not a folder"
+    assert process.returncode == 1 and stderr.count("prepare.py: error: ") == 1
+    assert message in stderr and contents(out) == {}
+    assert time.monotonic() - began < 60
+
+
+def test_an_error_of_a_bundled_set_is_one_line(tmp_path):
+    (tmp_path / "meta.json").write_text("{")
+    r = run_prepare("digits", "--out", tmp_path)
+    assert r.returncode == 2 and r.stderr.count("\n") == 1 and "another prepared set" in r.stderr
+
+
+def test_a_path_that_the_terminal_cannot_show_is_no_error(tmp_path):
+    process = subprocess.run(
+        [sys.executable, SCRIPT.parents[1] / "digits" / "prepare.py", "--out", tmp_path / "é"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert process.returncode == 0 and rb"\xe9: digits" in process.stdout
 
 
 @pytest.mark.parametrize("name", ["digits", "photos"])
