@@ -1,14 +1,20 @@
 """Writing a prepared set into its folder (README.md has the layout); every prepare.py uses it.
 
-A set that fits into memory needs `shuffled`, `write` and `command` alone. Imports numpy.
+A set that fits into memory needs `shuffled`, `write` and `command` alone. Imports numpy and
+support/lock.py.
 """
 
 import argparse
+import filecmp
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # these scripts start in other folders
+from support.lock import one_writer
 
 NAMES = ["images.npy", "labels.npy", "meta.json"]
 
@@ -56,27 +62,53 @@ def write(out, images, labels, meta):
     """Write a set into the folder `out`, over an earlier set of the same name.
 
     images (N, C, H, W) uint8, labels (N) int64, meta a dict. ValueError if `out` holds another
-    set. An error leaves the earlier set whole, or nothing.
+    set. An error leaves the earlier set whole, or nothing. A second process waits for the first,
+    and leaves files that are the same already.
     """
     out = Path(out)
-    meta_file = out / "meta.json"
-    if meta_file.exists() and json.loads(meta_file.read_text()).get("name") != meta["name"]:
-        raise ValueError(f"{out} holds another prepared set; delete it or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    temps = [out / f"tmp.{name}" for name in NAMES]
-    try:
-        np.save(temps[0], images)
-        np.save(temps[1], labels)
-        temps[2].write_text(json.dumps(meta, indent=1) + "\n")
-        meta_file.unlink(missing_ok=True)  # the folder must not look complete during the exchange
-        for temp, name in zip(temps, NAMES):  # meta.json last: it says that the rest is there
-            os.replace(temp, out / name)
-    except BaseException:  # Ctrl-C too
-        whole = meta_file.exists()
-        for file in temps + ([] if whole else [out / name for name in NAMES]):
-            file.unlink(missing_ok=True)
-        raise
+    with one_writer(out, wait=True):
+        refuse_another_set(out / "meta.json", meta["name"])
+        temps = [out / f"{name}.{os.getpid()}.tmp" for name in NAMES]
+        try:
+            for temp, array in zip(temps, (images, labels)):
+                with open(temp, "wb") as f:  # given a name, np.save would add .npy to it
+                    np.save(f, array)
+            temps[2].write_text(json.dumps(meta, indent=1) + "\n")
+            exchange(out, temps)
+        finally:
+            for temp in temps:
+                temp.unlink(missing_ok=True)
     print(summary(out, images, meta))
+
+
+def exchange(out, temps):
+    """Give the files `temps` their names. An error leaves the earlier set whole, or nothing."""
+    files = [out / name for name in NAMES]
+    if all(f.exists() and filecmp.cmp(f, temp, False) for f, temp in zip(files, temps)):
+        return
+    try:
+        files[2].unlink(missing_ok=True)  # the folder must not look complete during the exchange
+        for temp, file in zip(temps, files):  # meta.json last: it says that the rest is there
+            os.replace(temp, file)
+    except BaseException:  # Ctrl-C too
+        if not files[2].exists():
+            for file in files:
+                file.unlink(missing_ok=True)
+        raise
+
+
+def refuse_another_set(meta_file, name):
+    if not meta_file.exists():
+        return
+    try:
+        meta = json.loads(meta_file.read_text())
+    except (ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict) or meta.get("name") != name:
+        raise ValueError(
+            f"{meta_file.parent} holds another prepared set; delete it or choose another --out"
+        )
 
 
 def summary(out, images, meta):
@@ -93,7 +125,16 @@ def command(prepare, folder, what):
     parser = argparse.ArgumentParser(description=f"prepare {what}")
     parser.add_argument("--out", default=folder, help="folder to write (default: this script's)")
     args = parser.parse_args()
+    print_anything()
     try:
         prepare(args.out)
     except (ValueError, OSError) as e:
-        parser.error(str(e))
+        parser.exit(2, f"{parser.prog}: error: {e}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: error: interrupted\n")
+
+
+def print_anything():
+    """A path that the terminal cannot show is written out; it costs no finished set its success."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")

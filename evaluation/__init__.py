@@ -1,1 +1,1 @@
-"""How good samples are: images, features, figures. For eval_min.py; imports libraries only."""
+"""How good samples are: images, features, figures. For eval_min.py; imports support/ only."""

@@ -1,12 +1,14 @@
 """Images that are judged or compared with: from an array, an .npz, or a prepared folder.
 
-For eval_min.py. Imports numpy and evaluation/metrics.py. All readers give blocks of images, so that
-a file is never in memory as a whole, and raise a ValueError of one line that names the file.
+For eval_min.py. Imports numpy, evaluation/metrics.py, and of support/ the lock and the readers of
+prepared sets. All readers give blocks of images, so that a file is never in memory as a whole, and
+raise a ValueError of one line that names the file.
 """
 
 import json
+import os
+import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.metrics import KINDS, chosen, extract
+from support import prepared
+from support.lock import one_writer
+from support.npy import open_npy, read_header
 
 MAX_REAL = 10_000  # real images whose features are kept, or that a reference stores; ADM's number
 
@@ -54,29 +59,17 @@ def read_set(data_dir) -> Images:
     if not (folder / "meta.json").is_file():
         raise ValueError(f"{folder} is not a prepared data set (no meta.json); see data/README.md")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        labels = np.load(folder / "labels.npy", mmap_mode="r")
-        expect_set(images, labels, meta)
-    except (OSError, EOFError, ValueError) as e:
+        if open_npy(folder / "images.npy").dtype == np.float16:
+            raise ValueError("these are latents, the metrics are of images")
+        meta, images, labels = prepared.read_set(folder)
+    except (OSError, ValueError) as e:
         raise ValueError(
-            f"{folder} is not a prepared data set as data/README.md describes it: {e}"
+            f"{e}; {folder} is not a prepared data set as data/README.md describes it"
         ) from e
     images = images.transpose(0, 2, 3, 1)
     return from_array(
         meta["name"], images, labels=labels, classes=meta["classes"], levels=meta["levels"]
     )
-
-
-def expect_set(images, labels, meta):
-    if images.dtype == np.float16:
-        raise ValueError("these are latents, the metrics are of images")
-    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"images are {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"
-        )
-    if not isinstance(meta, dict) or not {"name", "classes", "levels"} <= meta.keys():
-        raise ValueError("meta.json lacks a field")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,38 +81,44 @@ def reading(file):
     """Turn every error that the bytes of a file can cause into a ValueError that names the file."""
     try:
         yield
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as e:
-        raise ValueError(f"{file}: {e}") from e
+    except Exception as e:  # zipfile, zlib and numpy raise nearly anything on damaged bytes
+        raise ValueError(f"{file}: {' '.join(str(e).split()) or type(e).__name__}") from e
 
 
 @contextmanager
-def open_array(file):
-    """arr_0 of an .npz: yields its shape, its dtype, and the file positioned at its first value."""
-    with zipfile.ZipFile(file) as z, z.open("arr_0.npy") as f:
-        if np.lib.format.read_magic(f) == (1, 0):
-            header = np.lib.format.read_array_header_1_0(f)
-        else:
-            header = np.lib.format.read_array_header_2_0(f)
-        shape, fortran, dtype = header
-        if fortran:
-            raise ValueError("arr_0 is in Fortran order")
-        size = z.getinfo("arr_0.npy").file_size - f.tell()
-        if size != np.prod(shape, dtype=int) * dtype.itemsize:
-            raise ValueError("arr_0 is shorter than its header says")
-        yield shape, dtype, f
+def open_array(file, name="arr_0"):
+    """An array of an .npz: yields its shape, whether it is in Fortran order, its dtype, and the
+    file positioned at its first value. The sizes that the file claims are compared with its own."""
+    with zipfile.ZipFile(file) as z:
+        info = z.getinfo(f"{name}.npy")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is compressed in a way that numpy does not write")
+        if info.compress_size > os.path.getsize(file) or info.file_size > most_bytes(info):
+            raise ValueError(f"{name} is said to have {info.file_size} bytes; the file has fewer")
+        with z.open(info) as f:
+            try:
+                shape, fortran, dtype = read_header(f, info.file_size)
+            except ValueError as e:
+                raise ValueError(f"{name} {e}") from e
+            yield shape, fortran, dtype, f
+
+
+def most_bytes(info):
+    """How many bytes a member of a zip can have at most; DEFLATE makes 258 of two bits."""
+    if info.compress_type == zipfile.ZIP_STORED:
+        return info.compress_size
+    return 1032 * info.compress_size
+
+
+def read_array(file, name):
+    """A small array of an .npz. Reading it to its end compares it with its CRC."""
+    with open_array(file, name) as (shape, fortran, dtype, f):
+        return np.frombuffer(f.read(), dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def stream(file, n):
     """Blocks of n images of an .npz."""
-    with reading(file), open_array(file) as (shape, _, f):
+    with reading(file), open_array(file) as (shape, _, _, f):
         for i in range(0, shape[0], n):
             block = (min(n, shape[0] - i), *shape[1:])
             yield np.frombuffer(f.read(int(np.prod(block))), np.uint8).reshape(block)
@@ -134,11 +133,32 @@ def read_npz(file) -> Images:
         more, found = read_extras(file)
         if "arr_0" not in found:
             return Images(Path(file).name, (0, 0, 0, 0), lambda n: iter(()), more)
-        with open_array(file) as (shape, dtype, f):
-            if dtype.kind == "f" and np.isnan(np.frombuffer(f.read(), dtype)).any():
+        with open_array(file) as (shape, fortran, dtype, f):
+            if dtype.kind == "f" and has_nan(f, dtype):
                 raise ValueError("arr_0 has NaN")
             expect_images(dtype, shape)
+            if fortran:
+                raise ValueError("arr_0 is in Fortran order")
     return Images(Path(file).name, shape, lambda n: stream(file, n), more)
+
+
+def names_in(file):
+    """The names of all arrays of an .npz. ValueError if its directory does not have them all."""
+    with zipfile.ZipFile(file) as z, open(file, "rb") as f:
+        f.seek(-len(z.comment) - 22, os.SEEK_END)  # the last record of a zip
+        (number,) = struct.unpack_from("<H", f.read(22), 10)
+        if number not in (len(z.namelist()), 0xFFFF):  # the latter stands for more
+            raise ValueError(f"it has {number} arrays, and {len(z.namelist())} in its directory")
+        for member in z.infolist():
+            z.open(member).close()  # which compares its name with the one before its bytes
+        return [name.removesuffix(".npy") for name in z.namelist()]
+
+
+def has_nan(f, dtype):
+    while block := f.read(2**16 * dtype.itemsize):
+        if np.isnan(np.frombuffer(block, dtype)).any():
+            return True
+    return False
 
 
 def read_extras(file):
@@ -148,12 +168,17 @@ def read_extras(file):
     if not zipfile.is_zipfile(file):
         raise ValueError("not an .npz file, or a truncated one")
     wanted = {"labels", "settings", "channels", *KINDS[0], *KINDS[1]}
-    with np.load(file) as npz:  # it reads an array only when asked for it
-        found = list(npz.files)
-        more = {key: npz[key] for key in wanted.intersection(found)}
-    more["settings"] = json.loads(str(more.get("settings", "{}")))
+    found = names_in(file)
+    more = {name: read_array(file, name) for name in wanted.intersection(found)}
+    settings = more.get("settings", np.array("{}"))
+    if settings.shape != () or settings.dtype.kind != "U":
+        raise ValueError(f"settings is {settings.dtype} {settings.shape}, expected one string")
+    more["settings"] = json.loads(str(settings))
     if not isinstance(more["settings"], dict):
         raise ValueError("settings is not a JSON object")
+    channels = more.get("channels", np.array(3))
+    if channels.shape != () or channels.dtype.kind not in "iu" or channels not in (1, 3):
+        raise ValueError(f"channels is {channels!r:.60}, expected 1 or 3")
     for mu, sigma, *_ in KINDS:
         if mu in more and sigma in more:
             expect_statistics(mu, more[mu], sigma, more[sigma])
@@ -164,7 +189,8 @@ def read_extras(file):
 
 def expect_statistics(mu, mean, sigma, covariance):
     """ValueError now rather than after the features, which can take hours."""
-    fits = covariance.shape == mean.shape * 2
+    fits = mean.ndim == 1 and covariance.shape == mean.shape * 2
+    fits = fits and mean.dtype.kind == covariance.dtype.kind == "f"
     if not fits or not np.isfinite(mean).all() or not np.isfinite(covariance).all():
         raise ValueError(f"{mu} and {sigma} are no mean (D) and covariance (D x D), all finite")
 
@@ -183,11 +209,19 @@ def make_reference(images, file, network, batch=64):
 
     The file has mu, sigma, mu_s, sigma_s, and arr_0. arr_0 has three channels, since ADM's
     evaluator takes no others; `channels`, which ADM's evaluator ignores, is the true number.
+    BlockedError, an OSError, while another process writes the file.
     """
+    if Path(file).is_dir():
+        raise ValueError(f"{file} is a folder; a reference is a file")
+    with one_writer(file):
+        write_reference(images, file, network, batch)
+
+
+def write_reference(images, file, network, batch):
     keep = chosen(images.shape[0], MAX_REAL)
     if len(keep) < 2:
         raise ValueError(f"a reference needs at least 2 images; {images.name} has {len(keep)}")
-    beside = Path(f"{file}.tmp")
+    beside = Path(f"{file}.{os.getpid()}.tmp")
 
     def storing(n):
         """The blocks of images.rows(n); writes the chosen images to the file f on the way."""

@@ -3,6 +3,7 @@
 For train_min.py and sample_min.py. Imports torch; diffusers only where latents have to be decoded.
 """
 
+import math
 import warnings
 
 import torch
@@ -19,7 +20,7 @@ class Decoder:
 
     config: of the model that makes the samples. vae: hub id or folder of an AutoencoderKL, None
     for pixels. scaling: what the latents were multiplied by. ValueError, one line, if the
-    autoencoder cannot be loaded or does not fit the samples.
+    autoencoder cannot be loaded or does not fit the samples, or the scaling is no number above 0.
     """
 
     def __init__(self, config, vae, scaling, device, batch=16):
@@ -28,6 +29,8 @@ class Decoder:
         self.batch = batch
         self.shape = (config.input_size, config.input_size, config.in_channels)
         if vae is not None:
+            if not isinstance(scaling, int | float) or not 0 < scaling < math.inf:
+                raise ValueError(f"the scaling of the latents is {scaling!r}, not a number above 0")
             self.vae = load_autoencoder(vae, config.in_channels).to(device)
             side = config.input_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
             self.shape = (side, side, 3)
@@ -78,4 +81,17 @@ def load_autoencoder(vae, channels):
             f"the autoencoder {vae!r} decodes {config.latent_channels} channels, "
             f"the model makes {channels}"
         )
+    if config.out_channels != 3:
+        raise ValueError(f"the autoencoder {vae!r} makes {config.out_channels} channels, not RGB")
     return model
+
+
+def check_autoencoder(vae, channels):
+    """ValueError, one line, unless `load_autoencoder` can be relied on after a training run.
+
+    It loads the autoencoder, which leaves a download in the cache, looks for weights that are not
+    finite, and drops it.
+    """
+    for name, weight in load_autoencoder(vae, channels).state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f"the autoencoder {vae!r} has weights that are no numbers, in {name}")

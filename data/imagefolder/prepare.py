@@ -4,8 +4,9 @@
     python data/imagefolder/prepare.py ROOT --size 256 --out data/NAME --vae
     torchrun --nproc_per_node=8 data/imagefolder/prepare.py ROOT --size 256 --out data/NAME --vae
 
-ROOT/<class>/**/*.{png,jpg,jpeg,webp}; the folder names, sorted, are the classes. Names that start
-with a dot are ignored. Each image becomes an upright 8-bit RGB (or grey) square by the crop of ADM
+ROOT/<class>/**/*.png, or any other format that Pillow reads; the folder names, sorted, are the
+classes. What is skipped is counted and said. Of an animation the first frame is taken. Each image
+becomes an upright 8-bit RGB (or grey) square by the crop of ADM
 (arXiv 2105.05233): it is halved with a box filter while that leaves it large enough, resized by
 bicubic interpolation to the exact short side, and cut to the centre. With --vae the square and its
 mirror image are encoded (latents.py), and a run that was killed continues (rows.py).
@@ -16,7 +17,12 @@ import functools
 import hashlib
 import json
 import os
+import shlex
+import stat
 import sys
+import unicodedata
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +30,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))  # where this file is imported, not started
-from prepared import NAMES, shuffled, summary
-from rows import DONE, PLAN, ROWS, Rows, begin, check_room, fill, torchrun
+from prepared import NAMES, one_writer, print_anything, shuffled, summary
+from rows import DONE, PLAN, ROWS, Rows, begin, check_room, count_animated, fill, give_up, torchrun
 
 SEED = 0
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+# Pillow knows these formats by name; it cannot decode them, or has another program do it.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}
 TEMPS = ["tmp.kept.npy", *(f"tmp.{name}" for name in NAMES), DONE, f"{PLAN}.new", PLAN]
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
@@ -80,10 +88,23 @@ def to_rgb(im):
     return im.convert("RGB")
 
 
+LONGEST = 16  # of an image that is enlarged, in short sides
+
+
+def without_ends(im):
+    """The middle of a very long image: enlarged as a whole, 30000 x 1 pixels take gigabytes."""
+    most = LONGEST * min(im.size)
+    # an even number of pixels goes, so that the centre stays where it is
+    x, y = (max(0, (side - most) // 2) for side in im.size)
+    return im.crop((x, y, im.width - x, im.height - y))
+
+
 def centre_crop(im, size):
     """PIL image -> the central size x size square of it, once its short side is `size`."""
     while min(im.size) >= 2 * size:
         im = im.resize((im.width // 2, im.height // 2), Image.Resampling.BOX)
+    if min(im.size) < size and max(im.size) > LONGEST * min(im.size):
+        im = without_ends(im)
     scale = size / min(im.size)
     w, h = (max(size, round(s * scale)) for s in im.size)
     im = im.resize((w, h), Image.Resampling.BICUBIC)
@@ -92,58 +113,134 @@ def centre_crop(im, size):
 
 
 def load_image(file, size, gray=False):
-    """Image file -> uint8, C x size x size. It raises what Pillow raises."""
+    """Image file -> uint8, C x size x size, of its first frame. It raises what Pillow raises."""
+    return load(file, size, gray)[0]
+
+
+def load(file, size, gray):
+    """Image file -> (uint8, C x size x size, of its first frame; whether it has more frames)."""
     with Image.open(file) as im:
-        im = centre_crop(to_rgb(im), size).convert("L" if gray else "RGB")
-    return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
+        square = centre_crop(to_rgb(im), size).convert("L" if gray else "RGB")
+        try:
+            animated = bool(getattr(im, "is_animated", False))
+        except Exception:  # damage behind the first frame
+            animated = True
+    return np.atleast_3d(np.asarray(square)).transpose(2, 0, 1), animated
 
 
 def read(file, size, gray):
-    """Image file -> (array of load_image, size of the file in bytes, None).
+    """Image file -> (array, size of the file in bytes, whether it is animated, None).
 
-    (zeros, 0, the reason) if it cannot be read; (zeros, 0, None) if `file` is None.
+    (zeros, 0, False, the reason) if it cannot be read; (zeros, 0, False, None) if `file` is None.
     """
     why = None
     try:
         if file:
-            return load_image(file, size, gray), os.path.getsize(file), None
+            image, animated = load(file, size, gray)
+            return image, os.path.getsize(file), animated, None
     except Exception as e:  # a broken file can make a decoder raise nearly anything
         why = f"{type(e).__name__}: {e}"
-    return np.zeros((1 if gray else 3, size, size), np.uint8), 0, why
+    return np.zeros((1 if gray else 3, size, size), np.uint8), 0, False, why
 
 
 # ----------------------------------------------------------------------------------------------
 # The images of a folder.
 
 
+@functools.cache
+def suffixes():
+    """The ends of file names that Pillow reads, with their dots."""
+    found = Image.registered_extensions().items()
+    readable = {"MPO", *Image.OPEN} - NOT_DECODED
+    return {suffix for suffix, kind in found if kind in readable}
+
+
 def refuse(error):
     raise error  # os.walk goes on by itself without a folder that it cannot list
 
 
-def find_class(folder):
-    """The image files of a class folder, at any depth, sorted: a file system has its own order."""
+def normal(name):
+    """A name as text that every file system shares.
+
+    macOS may split an accented letter in two; bytes that are no UTF-8 are written out.
+    """
+    return unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
+
+
+def find_class(folder, skipped):
+    """The image files of a class folder, at any depth, sorted: a file system has its own order.
+
+    Adds what it leaves out to the Counter `skipped`, {reason: number}.
+    """
     found = []
     for parent, subfolders, leaves in os.walk(folder, onerror=refuse):
+        for name in subfolders:
+            if name.startswith("."):
+                skipped["names with a dot in front"] += 1
+            elif os.path.islink(os.path.join(parent, name)):
+                skipped["links to folders"] += 1
         subfolders[:] = [d for d in subfolders if not d.startswith(".")]
         for name in leaves:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+            reason = reason_to_skip(parent, name)
+            if reason:
+                skipped[reason] += 1
+            else:
                 found.append(Path(parent, name))
-    return list(map(str, sorted(found)))
+    return list(map(str, sorted(found, key=lambda file: (Path(normal(str(file))), file))))
+
+
+def reason_to_skip(parent, name):
+    """Why a file is no image of a class; None if it is one."""
+    if name.startswith("."):
+        return "names with a dot in front"
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix not in suffixes():
+        return f"files *{suffix}, which Pillow does not read" if suffix else "files without suffix"
+    with suppress(OSError):  # a broken link: it cannot be read, and will be listed
+        if not stat.S_ISREG(os.stat(os.path.join(parent, name)).st_mode):
+            return "pipes, sockets or devices"
+    return None
+
+
+def class_folders(root, skipped):
+    """The class folders of `root`, {name: folder}, sorted by name."""
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    folders = []
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith("."):
+            skipped["names with a dot in front"] += 1
+        elif entry.is_dir():
+            folders.append(entry)
+        else:
+            skipped[f"files in {root} itself, outside the class folders"] += 1
+    refuse_equal_names(root, folders)
+    return {normal(d.name): d for d in sorted(folders, key=lambda d: normal(d.name))}
+
+
+def refuse_equal_names(folder, paths):
+    """ValueError if two names in a folder differ in the encoding of a letter alone."""
+    seen = {}
+    for path in paths:
+        other = seen.setdefault(normal(str(path)), path)
+        if other is not path:
+            names = " and ".join(ascii(os.path.relpath(p, folder)) for p in (other, path))
+            raise ValueError(
+                f"{folder} has one name in two Unicode forms, {names}; rename or delete one"
+            )
 
 
 def find(root, n_classes=None, class_seed=0):
-    """Folder -> (class names, files, int64 labels of the files).
+    """Folder -> (class names, files, int64 labels of the files, what was skipped).
 
-    n_classes: how many of the classes to draw, with class_seed; None takes all. ValueError if
-    there is nothing to prepare.
+    n_classes: how many of the classes to draw, with class_seed; None takes all. The last is a
+    Counter, {reason: number}. ValueError if there is nothing to prepare.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder")
-    classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    root, skipped = Path(root), Counter()
+    folders = class_folders(root, skipped)
+    classes = list(folders)
     if not classes:
-        expected = f"{root}/<class>/*.png, .jpg, .jpeg or .webp"
-        raise ValueError(f"{root} has no class folders; expected {expected}")
+        raise ValueError(f"{root} has no class folders; expected {root}/<class>/*.png and the like")
     if n_classes is not None:
         if not 1 <= n_classes <= len(classes):
             raise ValueError(f"{n_classes} classes are asked for, {root} has {len(classes)}")
@@ -151,18 +248,53 @@ def find(root, n_classes=None, class_seed=0):
         classes = [classes[i] for i in sorted(drawn)]
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = find_class(root / name)
+        before = skipped.copy()
+        found = find_class(folders[name], skipped)
         if not found:
-            raise ValueError(f"class {name!r} has no images in {root / name}")
+            others = listed(skipped - before)
+            raise ValueError(
+                f"class {name!r} has no images in {folders[name]}" + (others and f", only {others}")
+            )
+        refuse_equal_names(root, found)
         files += found
         labels += [label] * len(found)
-    return classes, files, np.array(labels, np.int64)
+    return classes, files, np.array(labels, np.int64), skipped
+
+
+def listed(skipped):
+    return "; ".join(f"{reason} ({n})" for reason, n in sorted(skipped.items()))
+
+
+def refuse_splits(root, options):
+    """ValueError, with the command that is meant, if the class folders are train, val and so on.
+
+    A class may have such a name: two of them are needed, or a single one with folders in it.
+    """
+    folders = class_folders(Path(root), Counter())
+    while len(folders) == 1 and not any(map(is_split, folders)):  # an archive in a folder
+        folders = class_folders(*folders.values(), Counter())
+    splits = [folder for name, folder in folders.items() if is_split(name)]
+    nested = [folder for folder in splits if any(d.is_dir() for d in folder.iterdir())]
+    alone = len(splits) == len(folders)
+    if (len(splits) > 1 and (alone or nested)) or (alone and nested):
+        training = [folder for folder in splits if folder.name.casefold().startswith("train")]
+        meant = shlex.join(map(str, [(training or nested or splits)[0], *options]))
+        names = ", ".join(folder.name for folder in splits)
+        raise ValueError(
+            f"the folders in {splits[0].parent} are parts of a data set, not classes ({names}); "
+            f"prepare one: python data/imagefolder/prepare.py {meant}"
+        )
+
+
+def is_split(name):
+    """Whether a folder is named as a part of a data set: train, val2017, test_1."""
+    return name.casefold().rstrip("_-0123456789") in SPLITS
 
 
 def fingerprint(root, files):
     """Number and digest of the files' names below `root`, which may move between two runs."""
-    names = [file.removeprefix(str(Path(root))).lstrip(os.sep) for file in files]
-    digest = hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()[:16]
+    names = [normal(file.removeprefix(str(Path(root))).lstrip(os.sep)) for file in files]
+    digest = hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
     return f"{len(files)}, sha256 {digest}"
 
 
@@ -174,6 +306,31 @@ def n_held_out(share, n):
 # The data set.
 
 
+def one_at_a_time(prepare):
+    """`prepare` as the only writer in its folder. The folder goes again if it is left empty.
+
+    Of several ranks the first makes and holds it for all.
+    """
+
+    @functools.wraps(prepare)
+    def alone(root, size, out, *arguments, **options):
+        if os.environ.get("RANK", "0") != "0":
+            prepare(root, size, out, *arguments, **options)
+            return
+        made = not os.path.exists(out)
+        os.makedirs(out, exist_ok=True)
+        try:
+            with one_writer(out):
+                prepare(root, size, out, *arguments, **options)
+        finally:
+            if made:
+                with suppress(OSError):  # it holds something
+                    os.rmdir(out)
+
+    return alone
+
+
+@one_at_a_time
 def prepare(
     root, size, out, held_out=0.05, flip=True, gray=False, on_error="refuse", workers=1,
     vae=None, batch=32, classes=None, class_seed=0,
@@ -186,17 +343,18 @@ def prepare(
     autoencoder; None keeps pixels. batch: images encoded at once. classes: how many to draw with
     class_seed; None takes all.
 
-    ValueError for a wrong argument or unreadable images. An error leaves nothing; with a VAE it
-    leaves all that was encoded, and the next run goes on there.
+    ValueError for a wrong argument or unreadable images; BlockedError, an OSError, while another
+    process prepares a set into `out`. An error leaves nothing; with a VAE it leaves all that was
+    encoded, and the next run goes on there.
     """
     out = Path(out)
     check_arguments(size, held_out, gray, on_error, workers, vae, batch)
     rank, world, _ = team = torchrun()
     if world > 1 and not vae:
         raise ValueError("torchrun is for --vae; --workers share out pixels")
+    refuse_splits(root, [f"--size={size}", "--out", out, *(["--vae", vae] if vae else [])])
     if rank == 0:
         check_free(out)
-
     if vae:
         from latents import Encoder  # torch and diffusers
 
@@ -209,7 +367,9 @@ def prepare(
         about, plan = {}, {}
     if classes is not None:
         about["class_seed"] = class_seed
-    names, files, labels = find(root, classes, class_seed)
+    names, files, labels, skipped = find(root, classes, class_seed)
+    if skipped and rank == 0:
+        print(f"left out: {listed(skipped)}", file=sys.stderr, flush=True)
     plan |= about | {
         "size": size,
         "gray": gray,
@@ -222,7 +382,7 @@ def prepare(
     order = shuffled(labels, n_held_out(held_out, len(files)), SEED)
     ordered = [files[i] for i in order]
 
-    made, began = not out.exists(), False
+    began = False
     try:
         begin(out, plan, ordered, dtype, shape, team)
         began = True
@@ -235,7 +395,7 @@ def prepare(
             report_unreadable(ordered, bad, on_error, kept=bool(vae))
             filled, labels, order = leave_out(out, bad, names, labels, order, held_out)
         meta = {
-            "name": out.resolve().name,
+            "name": normal(out.resolve().name),
             "classes": names,
             "flip": flip,
             "held_out": n_held_out(held_out, len(labels)),
@@ -249,8 +409,10 @@ def prepare(
         if vae and began:
             e.add_note(f"{out} keeps what is done: the same command goes on from there")
         elif rank == 0 and (began or not (out / PLAN).exists()):  # else it is part of another set
-            remove(out, TEMPS + NAMES, folder_too=made)
+            remove(out, TEMPS + NAMES)
         raise
+    if animated := count_animated(out):
+        print(f"of several frames the first was taken, in files: {animated}", file=sys.stderr)
     remove(out, TEMPS)
     print(summary(out, np.load(out / "images.npy", mmap_mode="r"), meta))
 
@@ -328,22 +490,19 @@ def put_in_place(out, filled, labels, meta):
     """Give the three files their names, meta.json last: it says that the others are there."""
     np.save(out / "tmp.labels.npy", labels)
     (out / "tmp.meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    if filled.exists():  # an earlier run may have been killed after this exchange
-        os.replace(filled, out / "images.npy")
+    os.replace(filled, out / "images.npy")
     for name in NAMES[1:]:
         os.replace(out / f"tmp.{name}", out / name)
 
 
-def remove(out, names, folder_too=False):
+def remove(out, names):
     for name in names:
         (out / name).unlink(missing_ok=True)
-    if folder_too and out.exists() and not any(out.iterdir()):
-        out.rmdir()
 
 
 def parser():
     p = argparse.ArgumentParser(
-        description="prepare a folder of images, ROOT/<class>/*.{png,jpg,jpeg,webp}"
+        description="prepare a folder of images, ROOT/<class>/*.png and whatever Pillow reads"
     )
     add = p.add_argument
     add("root", metavar="ROOT", help="folder with a folder of images for each class")
@@ -376,14 +535,32 @@ def parser():
 
 def main():
     p = parser()
-    args = p.parse_args()
+    print_anything()
     try:
-        prepare(**vars(args))
+        prepare(**vars(p.parse_args()))
     except (ValueError, OSError, KeyboardInterrupt) as e:
         message = "\n".join([str(e) or "interrupted", *getattr(e, "__notes__", [])])
         status = 130 if isinstance(e, KeyboardInterrupt) else 2
         p.exit(status, f"{p.prog}: error: {message}\n")
 
 
+def one_of_several():
+    """`main` under torchrun, where one process prints an error for all."""
+    from support.terminal import first_speaks, leave_group  # torch
+
+    p = parser()
+    print_anything()
+    try:
+        with first_speaks():
+            args = p.parse_args()
+        prepare(**vars(args))
+    except (ValueError, OSError, KeyboardInterrupt) as e:
+        give_up()
+        message = "\n".join([str(e) or "interrupted", *getattr(e, "__notes__", [])])
+        leave_group(f"{p.prog}: error: {message}")
+    except SystemExit as e:
+        leave_group(e.code)
+
+
 if __name__ == "__main__":
-    main()
+    one_of_several() if "TORCHELASTIC_RUN_ID" in os.environ else main()

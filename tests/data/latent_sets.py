@@ -34,7 +34,7 @@ def arguments(root, out, vae, workers=1):
 
 def files_in_order(root, held_out=0.2):
     """The files of `root` in the order of the rows."""
-    _, files, labels = folder.find(root)
+    _, files, labels, _ = folder.find(root)
     return [files[i] for i in folder.shuffled(labels, folder.n_held_out(held_out, len(files)))]
 
 
@@ -95,4 +95,4 @@ def stop_at(monkeypatch, event):
 
 def missing(out):
     """How many rows of an unfinished set are still to be done."""
-    return (np.load(out / rows.DONE) == 0).sum()
+    return (np.load(out / rows.DONE)["size"] == 0).sum()

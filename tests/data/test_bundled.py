@@ -97,6 +97,7 @@ def test_digits_refuse_the_folder_of_another_set(tmp_path):
 def test_digits_interrupted_leave_nothing(tmp_path, monkeypatch, call, again):
     if again:
         digits.prepare(tmp_path)
+        (tmp_path / "images.npy").write_bytes(b"other")
     calls = fail_at(monkeypatch, call, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         digits.prepare(tmp_path)

@@ -86,7 +86,7 @@ def test_nested_files_of_every_kind_are_found_and_no_others(tmp_path):
     for name, kind in kinds.items():
         with open(a / name, "wb") as file:
             Image.new("RGB", (4, 4)).save(file, kind)
-    for name in ("notes.txt", "7.gif", ".8.png", ".hidden/9.png", "../loose.png"):
+    for name in ("notes.txt", "7.mpg", ".8.png", ".hidden/9.png", "../loose.png"):
         (a / name).write_bytes(b"not an image")
     folder.prepare(tmp_path / "in", 4, tmp_path / "out")
     images, _, meta = read_set(tmp_path / "out")
@@ -266,14 +266,14 @@ def test_an_error_while_files_change_hands_leaves_nothing(tmp_path, monkeypatch,
 def test_an_interruption_while_decoding_leaves_nothing(tmp_path, monkeypatch):
     root, out, seen = make_root(tmp_path / "in", {"a": 4}), tmp_path / "out", []
 
-    def load_image(file, size, gray):
+    def load(file, size, gray):
         seen.append((out / "tmp.images.npy").exists())
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return np.zeros((3, size, size), np.uint8)
+        return np.zeros((3, size, size), np.uint8), False
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "load_image", load_image)
+        patch.setattr(folder, "load", load)
         with pytest.raises(KeyboardInterrupt):
             folder.prepare(root, 4, out)
     assert seen == [True] * 3, "it was under way"

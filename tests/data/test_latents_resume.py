@@ -52,7 +52,9 @@ def test_a_stop_before_any_change_on_the_disk_leaves_no_trace_in_the_end(
         if (out / "meta.json").exists():  # complete, but for the tidying up
             assert {name: (out / name).read_bytes() for name in SET_FILES} == want
             continue
-        done = np.load(out / rows.DONE) if (out / rows.PLAN).exists() else np.zeros(6)
+        done = np.zeros(6)
+        if (out / rows.PLAN).exists():
+            done = np.load(out / rows.DONE)["size"]
         with monkeypatch.context() as patch:
             _, after = stop_at(patch, None)
             got = prepare(root, out, vae)
@@ -70,11 +72,15 @@ def test_one_rank_is_killed_and_two_go_on_without_touching_what_is_done(
     _, stderr = finish(process)
     assert process.returncode == -signal.SIGKILL and missing(out) == N - 2 * BATCH, stderr
     assert not set(contents(out)) & set(SET_FILES)
-    done = np.load(out / rows.DONE) > 0
+    marks = np.load(out / rows.DONE)
+    done = marks["size"] > 0
     half = np.load(out / rows.ROWS, mmap_mode="r+")
     assert np.array_equal(half[done], want[done])
     half[done] = 7  # to be recognised
     half.flush()
+    for i in np.flatnonzero(done):  # as if 7 had been written
+        marks[i] = rows.marked(half[i], marks["size"][i], 0)
+    np.save(out / rows.DONE, marks)
     two = ["--standalone", "--nproc_per_node=2", SCRIPT]
     process = torchrun(*two, *arguments(images, out, vae))
     stdout, stderr = finish(process)
@@ -135,8 +141,8 @@ def two_ranks(tmp_path, monkeypatch):
     def read(file):
         image = np.zeros((3, 2, 2), np.uint8)
         if file in ("5.png", "9.png"):
-            return image, 0, "torn"
-        return image, len(file or ""), None
+            return image, 0, False, "torn"
+        return image, len(file or ""), False, None
 
     for rank in (0, 1):
         rows.begin(tmp_path, {"a": 1}, FILES, np.float16, SHAPE, (rank, 2, store))
@@ -164,7 +170,7 @@ def test_a_block_is_encoded_whole_with_unreadable_images_in_it(two_ranks):
 
 def test_every_readable_row_is_written_and_marked_as_done(two_ranks):
     out, *_ = two_ranks
-    filled, done = np.load(out / rows.ROWS)[:, 0, 0, 0, 0], np.load(out / rows.DONE)
+    filled, done = np.load(out / rows.ROWS)[:, 0, 0, 0, 0], np.load(out / rows.DONE)["size"]
     bad = (5, 9)
     assert filled.tolist() == [0 if i in bad else 1 + i // BATCH % 2 for i in range(N)]
     assert done.tolist() == [0 if i in bad else len(f) for i, f in enumerate(FILES)]
@@ -430,7 +436,7 @@ def test_a_kill_between_two_settings_loses_nothing(images, vae, tmp_path, monkey
         patch.setattr(np, "save", kill)
         prepare(root, out, vae, flip=False)
     assert np.load(left / rows.ROWS).shape[1] == 1, "of the second settings"
-    assert sorted(contents(left)) == [rows.DONE, rows.ROWS]
+    assert sorted(contents(left)) == [".lock", rows.DONE, rows.ROWS]
     assert prepare(root, left, vae) == prepare(root, tmp_path / "again" / "set", vae)
 
 

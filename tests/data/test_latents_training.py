@@ -213,7 +213,7 @@ MODELS = [
 
 @pytest.mark.parametrize("config, reads", MODELS)
 def test_a_model_of_another_size_is_refused(plain, config, reads):
-    message = rf"set: float16 \(2, 4, 8, 8\), but the model reads {reads}"
+    message = rf"images.npy is float16 \(2, 4, 8, 8\), but the model reads {reads}"
     with pytest.raises(ValueError, match=message):
         check_set(plain, config)
 
@@ -222,7 +222,7 @@ def test_latents_are_not_taken_for_pixels(plain, tmp_path):
     images, labels, meta = read_set(plain)
     del meta["scaling"]
     folder = write_set(tmp_path / "set", images, labels, **meta)
-    message = r"float16 \(2, 4, 8, 8\), but the model reads uint8 \(2, 8, 8\)"
+    message = r"float16 \(23, 2, 4, 8, 8\), expected uint8 \(N, C, H, W\).* has no field scaling"
     with pytest.raises(ValueError, match=message):
         check_set(folder, MODEL)
 
@@ -230,6 +230,6 @@ def test_latents_are_not_taken_for_pixels(plain, tmp_path):
 def test_mirrored_latents_are_not_taken_for_images_alone(plain, tmp_path):
     images, labels, meta = read_set(plain)
     folder = write_set(tmp_path / "set", images, labels, **meta | {"flip": False, "scaling": 1.0})
-    message = r"float16 \(2, 4, 8, 8\), but the model reads float16 \(1, 4, 8, 8\)"
+    message = r"float16 \(23, 2, 4, 8, 8\), expected float16 \(N, 1, 2C, h, w\)"
     with pytest.raises(ValueError, match=message):
         check_set(folder, MODEL)
