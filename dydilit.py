@@ -455,11 +455,26 @@ class DyDiLiT(nn.Module):
         return self.unpatchify(x)                        # (B, 2C, H, W)
 
     @staticmethod
-    def from_pretrained(path: str | Path, kinds: tuple[type, ...] = (Config,)) -> "DyDiLiT":
+    def from_pretrained(path: str | Path, kinds: tuple[type, ...] = (Config,),
+                        saved: dict | None = None) -> "DyDiLiT":
         """A model ready for sampling, with the averaged weights of a checkpoint of `train` or the
-        weights of a folder of save_pretrained. `kinds`: configurations that may be built.
+        weights of a folder of save_pretrained. `kinds`: configurations that may be built; `saved`:
+        what support/pretrained.py, which takes more kinds of files, has read already.
         FileNotFoundError if nothing is at path, ValueError if it holds no such model."""
-        return build_pretrained(path, load_pretrained(Path(path)), kinds)
+        if saved is None and not Path(path).is_dir():
+            saved = load_checkpoint(path, mmap=True)
+        with naming(path, "holds no model of this version"):
+            saved = saved or read_folder(Path(path))
+            kind = {kind.__name__: kind for kind in kinds}.get(saved["kind"])
+            if kind is None:
+                raise ValueError(f"kind {saved['kind']!r}, others by experiments/pretrained.py")
+            model = kind(**saved["config"]).build()
+            for name, module in model.named_modules():
+                if isinstance(module, DWC) and f"{name}.horizontal" not in saved["ema"]:
+                    module.horizontal = module.vertical = None  # as merge_ leaves them
+            model.load_state_dict(saved["ema"])
+            model.meta, model.step = saved["meta"], saved["step"]
+        return model.eval()
 
     def save_pretrained(self, folder: str | Path):
         """Write model.safetensors, these weights and what they are, and config.json, a copy of the
@@ -476,7 +491,6 @@ class DyDiLiT(nn.Module):
         def write(file):  # config.json while the weights lie beside
             file.write(save(weights, {"about": text}))
             write_whole(Path(folder, "config.json"), lambda copy: copy.write(text.encode()))
-
         write_whole(Path(folder, "model.safetensors"), write)
 
 @torch.no_grad()
@@ -969,33 +983,16 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
                 raise ValueError(f"{damaged} has changed since it was written")
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
 
-def load_pretrained(path: Path) -> dict:
-    """ema, step, kind, config, meta of a checkpoint or of a folder of save_pretrained."""
-    if not path.is_dir():
-        return load_checkpoint(path, mmap=True)
+def read_folder(folder: Path) -> dict:
+    """What save_pretrained wrote, like a checkpoint whose only weights are `ema`."""
     from safetensors import safe_open
-    with naming(path, "holds no model.safetensors and config.json as save_pretrained writes them"):
-        about = json.loads((path / "config.json").read_text())
-        with safe_open(path / "model.safetensors", "pt") as file:
-            own = json.loads((file.metadata() or {}).get("about", "{}"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-        if own and own["crc32"] != about.get("crc32"):  # a kill came between the two files
-            about = own
-        return about | {"ema": weights}
-
-def build_pretrained(path: str | Path, saved: dict, kinds: tuple[type, ...]) -> DyDiLiT:
-    known = {kind.__name__: kind for kind in kinds}
-    with naming(path, "holds no model of this version"):
-        if saved["kind"] not in known:
-            raise ValueError(f"kind {saved['kind']!r}, not {' or '.join(known)} "
-                             "(experiments/pretrained.py loads others)")
-        model = known[saved["kind"]](**saved["config"]).build()
-        for name, module in model.named_modules():
-            if isinstance(module, DWC) and f"{name}.horizontal" not in saved["ema"]:
-                module.horizontal = module.vertical = None  # as merge_ leaves them
-        model.load_state_dict(saved["ema"])
-        model.meta, model.step = saved["meta"], saved["step"]
-    return model.eval()
+    about = json.loads((folder / "config.json").read_text())
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        own = json.loads((file.metadata() or {}).get("about", "{}"))
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    if own and "config" in about and own["crc32"] != about.get("crc32"):  # a kill came in between
+        about = own
+    return about | {"ema": weights}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from dydilit import Config, DyDiLiT, build_pretrained, load_checkpoint, load_pretrained, naming
+import dydilit
+from dydilit import Config, DyDiLiT, load_checkpoint, naming, read_folder
 
 # Where others keep weights. Averaged ones first.
 PLACES = ("ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model", "module")
@@ -53,14 +55,15 @@ def build(path, saved: dict, kinds=(Config,)) -> DyDiLiT:
         raise ValueError(f"{path} holds {describe(saved['ema'])}, but not the config of a model")
     known = {kind.__name__: kind for kind in kinds}
     kind = saved.get("kind", "Config")
-    if isinstance(kind, str) and kind in known:  # else build_pretrained says what it is
+    if isinstance(kind, str) and kind in known:  # else from_pretrained says what it is
         with naming(path, "holds no model of this version"):
             check_weights(saved["ema"], known[kind](**saved["config"]))
     meta, step = saved.get("meta", {}), saved.get("step")
     if not isinstance(meta, dict) or type(step) not in (int, type(None)):
         raise ValueError(f"{path}: meta must be an object and step a number, got {meta!r:.60} and "
                          f"{step!r:.60}")
-    model = build_pretrained(path, saved | {"kind": kind, "meta": meta, "step": step}, kinds)
+    saved = saved | {"kind": kind, "meta": meta, "step": step}
+    model = DyDiLiT.from_pretrained(path, kinds, saved)
     numbers = [str(i) for i in range(model.config.num_classes)]
     model.meta = {"classes": numbers} | meta  # a model that was not trained here has no names
     return model
@@ -74,7 +77,7 @@ def read(path: str | Path) -> dict:
     """What a file or folder says of a model, its bytes checked: "ema" and what else it has."""
     path = Path(path)
     if path.is_dir():
-        return read_folder(path)
+        return read_export(path)
     if path.exists() and is_safetensors(path):
         return read_safetensors(path)
     return weights_and_more(path, read_torch(path))
@@ -169,28 +172,23 @@ def is_safetensors(path: Path) -> bool:
 def read_safetensors(path: Path) -> dict:
     """A model.safetensors of save_pretrained, by itself, or any other file of safetensors."""
     if (path.parent / "config.json").exists() and path.name == "model.safetensors":
-        return read_folder(path.parent)
+        return read_export(path.parent)
     with naming(path, "is not a readable model.safetensors (cut short?)"):
         weights, about = parse(path.read_bytes())
     return about | {"ema": without_prefixes(weights)}
 
 
-def read_folder(folder: Path) -> dict:
+def read_export(folder: Path) -> dict:
     """What save_pretrained wrote. config.json must be the copy of what model.safetensors says of
-    itself, or else older than it."""
-    saved = load_pretrained(folder)  # which refuses what is not there
-    with naming(folder, "has changed since it was written"):
+    itself, or of another export: a kill may leave the older one."""
+    with naming(folder, "holds no model.safetensors and config.json of save_pretrained"):
+        saved = read_folder(folder)
         weights, about = parse((folder / "model.safetensors").read_bytes())
         copy = json.loads((folder / "config.json").read_text())
-        if about and about["crc32"] == copy.get("crc32"):
-            differing = {
-                name: value
-                for name, value in (copy | copy["config"]).items()
-                if value != (about | about["config"]).get(name)
-            }
-            if about != copy:
-                raise ValueError(f"config.json, which has {differing or 'less'} as "
-                                 "model.safetensors has not")
+        if about and about["crc32"] == copy.get("crc32") and about != copy:
+            here, there = copy | copy["config"], about | about["config"]
+            differing = {name: here[name] for name in here if here[name] != there.get(name)}
+            raise ValueError(f"config.json has changed: {differing or 'an entry is missing'}")
     return saved | {"ema": without_prefixes(weights)}
 
 
@@ -203,7 +201,7 @@ def parse(blob: bytes) -> tuple[dict, dict]:
     metadata = json.loads(blob[8:start]).get("__metadata__") or {}
     about = json.loads(metadata.get("about", "{}"))
     if about and about["crc32"] != zlib.crc32(memoryview(blob)[start:]):
-        raise ValueError("model.safetensors, by its checksum")
+        raise ValueError("the weights have changed since they were written (checksum)")
     return load(blob), about
 
 
@@ -215,12 +213,35 @@ def check_weights(weights: dict, config: Config):
     """ValueError for the first weight that the model of `config` does not have, or has in another
     shape. Nothing large is made; a merged convolution (DWC.merge_) is a model's, too."""
     check_sizes(weights, config)
-    with torch.device("meta"):
-        expected = config.build().state_dict()
+    expected = on_meta(config).state_dict()
     branches = [name for name in expected if name.endswith(("dwc.horizontal", "dwc.vertical"))]
     if not any(name in weights for name in branches):  # merged
         expected = {name: z for name, z in expected.items() if name not in branches}
     check_tensors(weights, expected, same_type=False)
+
+
+class WithoutNormal(TorchFunctionMode):
+    """nn.init.normal_ does nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.init.normal_:
+            return (args or (kwargs["tensor"],))[0]
+        return func(*args, **(kwargs or {}))
+
+
+def on_meta(config: Config) -> DyDiLiT:
+    """The model of `config` with shapes and without values, in milliseconds.
+
+    Its positions are not computed and nothing is drawn from a normal distribution: for either
+    torch would import its compiler on the meta device, which takes seconds.
+    """
+    positions = dydilit.position_embedding
+    dydilit.position_embedding = lambda grid, dim: torch.empty(grid[0] * grid[1], dim)
+    try:
+        with torch.device("meta"), WithoutNormal():
+            return config.build()
+    finally:
+        dydilit.position_embedding = positions
 
 
 def check_sizes(weights: dict, config: Config):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dydilit import Config, Data, Training, distributed, load_checkpoint, write_whole
-from support.pretrained import check_tensors
+from support.pretrained import check_tensors, on_meta
 
 # --resume accepts a new value for these fields only: they do not change what a training step
 # computes. (A new `steps` moves the decay.) All that meta.json says of the data must agree too.
@@ -79,8 +79,7 @@ def check_same_run(path: Path, about: dict, config: Config, training: Training):
 def check_state(path: Path, ckpt: dict, config: Config):
     """ValueError for the first tensor that is not as the training of this model leaves it. AdamW
     compares no shapes: it would read and write beyond the end of a short one."""
-    with torch.device("meta"):
-        model = config.build()
+    model = on_meta(config)
     weights = model.state_dict()
     trained = [p for p in model.parameters() if p.requires_grad]
     for part in ("model", "ema", "optimizer"):
