@@ -463,7 +463,7 @@ class DyDiLiT(nn.Module):
         FileNotFoundError if nothing is at path, ValueError if it holds no such model."""
         if saved is None and not Path(path).is_dir():
             saved = load_checkpoint(path, mmap=True)
-        with naming(path, "holds no model of this version"):
+        try:
             saved = saved or read_folder(Path(path))
             kind = {kind.__name__: kind for kind in kinds}.get(saved["kind"])
             if kind is None:
@@ -474,7 +474,10 @@ class DyDiLiT(nn.Module):
                     module.horizontal = module.vertical = None  # as merge_ leaves them
             model.load_state_dict(saved["ema"])
             model.meta, model.step = saved["meta"], saved["step"]
-        return model.eval()
+            return model.eval()
+        except Exception as e:  # what is read may be anything
+            reason = " ".join(str(e).split())[:200]
+            raise ValueError(f"{path} holds no model of this version: {reason}") from e
 
     def save_pretrained(self, folder: str | Path):
         """Write model.safetensors, these weights and what they are, and config.json, a copy of the
@@ -924,10 +927,10 @@ def stop_signals() -> Iterator:
     """A list that SIGINT, SIGTERM and (without nohup) SIGHUP join, in place of what they would do;
     it stays empty outside of the main thread, which alone may handle signals."""
     received, before = [], {}
-    hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    nohup = not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     try:
         with suppress(ValueError):  # "signal only works in main thread"
-            for s in (signal.SIGINT, signal.SIGTERM, *hangup):
+            for s in (signal.SIGINT, signal.SIGTERM, *(() if nohup else (signal.SIGHUP,))):
                 before[s] = signal.signal(s, lambda number, _: received.append(number))
         yield received
     finally:
@@ -957,31 +960,26 @@ def write_whole(path: str | Path, write: Callable):
             os.fsync(f.fileno())
         os.replace(beside, path)
     except RuntimeError as e:  # torch's name for a full disk
-        raise OSError(f"cannot write {beside}: {e}") from e
+        raise OSError(f"cannot write {beside}: {e}".partition("\n")[0]) from e
     finally:
         beside.unlink(missing_ok=True)
 
 def save_checkpoint(path: str | Path, state: dict):
     write_whole(path, lambda file: torch.save(state, file))
 
-@contextmanager
-def naming(path: str | Path, what: str) -> Iterator:
-    """Whatever goes wrong inside becomes a ValueError of one line that names the path."""
-    try:
-        yield
-    except Exception as e:  # torch raises many kinds on a damaged file, with long texts
-        raise ValueError(f"{path} {what}: {' '.join(str(e).split())[:200]}") from e
-
 def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     """What `train` saved: model, ema, optimizer, step, kind (the config's class), config, training,
     meta (of the data). FileNotFoundError, or ValueError if it cannot be read or has changed."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}; `torchrun train_min.py` makes one")
-    with naming(path, "is not a readable checkpoint (cut short?)"):
+    try:
         with zipfile.ZipFile(path) as file:  # torch.load does not compare its CRCs
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} has changed since it was written")
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except Exception as e:  # torch raises many kinds on a damaged file, with long texts
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} is not a readable checkpoint (cut short?): {reason}") from e
 
 def read_folder(folder: Path) -> dict:
     """What save_pretrained wrote, like a checkpoint whose only weights are `ema`."""

@@ -13,6 +13,7 @@ import json
 import re
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import dydilit
-from dydilit import Config, DyDiLiT, load_checkpoint, naming, read_folder
+from dydilit import Config, DyDiLiT, load_checkpoint, read_folder
 
 # Where others keep weights. Averaged ones first.
 PLACES = ("ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model", "module")
@@ -67,6 +68,15 @@ def build(path, saved: dict, kinds=(Config,)) -> DyDiLiT:
     numbers = [str(i) for i in range(model.config.num_classes)]
     model.meta = {"classes": numbers} | meta  # a model that was not trained here has no names
     return model
+
+
+@contextmanager
+def naming(path: str | Path, what: str):
+    """Whatever goes wrong inside becomes a ValueError of one line that names the path."""
+    try:
+        yield
+    except Exception as e:  # of many kinds, some with long texts
+        raise ValueError(f"{path} {what}: {' '.join(str(e).split())[:200]}") from e
 
 
 # --------------------------------------------------------------------------------------------------
