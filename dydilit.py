@@ -28,9 +28,11 @@ import os
 import signal
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -265,7 +267,7 @@ class DWC(nn.Module):
 
     @torch.no_grad()
     def merge_(self):
-        """Fold the branches into `square` for inference, exactly; after any save_pretrained."""
+        """Fold the branches into `square` for inference, exactly."""
         self.square.copy_(self.kernel())
         self.horizontal = self.vertical = None
 
@@ -453,21 +455,46 @@ class DyDiLiT(nn.Module):
         return self.unpatchify(x)                        # (B, 2C, H, W)
 
     @staticmethod
-    def from_pretrained(path: str | Path, kinds: tuple[type, ...] = (Config,)) -> "DyDiLiT":
+    def from_pretrained(path: str | Path, kinds: tuple[type, ...] = (Config,),
+                        saved: dict | None = None) -> "DyDiLiT":
         """A model ready for sampling, with the averaged weights of a checkpoint of `train` or the
-        weights of a folder of save_pretrained. `kinds`: configurations that may be built.
+        weights of a folder of save_pretrained. `kinds`: configurations that may be built; `saved`:
+        what support/pretrained.py, which takes more kinds of files, has read already.
         FileNotFoundError if nothing is at path, ValueError if it holds no such model."""
-        return load_pretrained(path, kinds)
+        if saved is None and not Path(path).is_dir():
+            saved = load_checkpoint(path, mmap=True)
+        try:
+            saved = saved or read_folder(Path(path))
+            kind = {kind.__name__: kind for kind in kinds}.get(saved["kind"])
+            if kind is None:
+                raise ValueError(f"kind {saved['kind']!r}, others by experiments/pretrained.py")
+            model = kind(**saved["config"]).build()
+            for name, module in model.named_modules():
+                if isinstance(module, DWC) and f"{name}.horizontal" not in saved["ema"]:
+                    module.horizontal = module.vertical = None  # as merge_ leaves them
+            model.load_state_dict(saved["ema"])
+            model.meta, model.step = saved["meta"], saved["step"]
+            return model.eval()
+        except Exception as e:  # what is read may be anything
+            reason = " ".join(str(e).split())[:200]
+            raise ValueError(f"{path} holds no model of this version: {reason}") from e
 
     def save_pretrained(self, folder: str | Path):
-        """Write model.safetensors (these weights) and config.json, for others to load."""
-        from safetensors.torch import save_file
+        """Write model.safetensors, these weights and what they are, and config.json, a copy of the
+        latter for people. A kill or a full disk leaves the model that was there before."""
+        from safetensors.torch import save
         Path(folder).mkdir(parents=True, exist_ok=True)
         weights = {name: z.contiguous() for name, z in self.state_dict().items()}
-        save_file(weights, Path(folder, "model.safetensors"))
+        blob = save(weights)
+        crc32 = zlib.crc32(blob[8 + int.from_bytes(blob[:8], "little") :])  # behind the header
         about = {"kind": type(self.config).__name__, "config": asdict(self.config),
-                 "meta": self.meta, "step": self.step}
-        Path(folder, "config.json").write_text(json.dumps(about, indent=1) + "\n")
+                 "meta": self.meta, "step": self.step, "crc32": crc32}
+        text = json.dumps(about, indent=1) + "\n"
+
+        def write(file):  # config.json while the weights lie beside
+            file.write(save(weights, {"about": text}))
+            write_whole(Path(folder, "config.json"), lambda copy: copy.write(text.encode()))
+        write_whole(Path(folder, "model.safetensors"), write)
 
 @torch.no_grad()
 def initialize(model: nn.Module):
@@ -720,6 +747,8 @@ class Data:
         self.images = np.load(Path(path, "images.npy"), mmap_mode="r")
         self.labels = np.load(Path(path, "labels.npy"))
         self.meta["images"] = len(self.images)
+        some = self.images[:: 1 if self.images.nbytes < 2**28 else 1 + len(self.images) // 512]
+        self.meta["crc32"] = zlib.crc32(np.ascontiguousarray(some), zlib.crc32(self.labels))
         self.n_train = len(self.images) - self.meta["held_out"]
         self.null = config.num_classes  # the label "no label"
         self.scaling = self.meta.get("scaling")  # of latents; None for pixels
@@ -770,7 +799,7 @@ def learning_rate(training: Training, step: int) -> float:
 def train(config: Config, training: Training, resume: bool = False,
           on_step: Callable | None = None, on_eval: Callable | None = None) -> int:
     """Train, and leave ckpt.pt and log.jsonl in training.out. Returns the steps done: fewer than
-    training.steps after SIGINT or SIGTERM.
+    training.steps after SIGINT, SIGTERM or SIGHUP.
 
     resume continues from ckpt.pt if there is one. on_step(step, loss) is called after every step,
     on_eval(averaged model, batch) at every evaluation, with the held-out batch or, without one,
@@ -840,7 +869,7 @@ def train(config: Config, training: Training, resume: bool = False,
             end = step == training.steps
             evaluate = (end or step % training.eval_every == 0) and bool(held_out or on_eval)
             if rank == 0 and (evaluate or end or step % training.log_every == 0):
-                speed = (step - logged) * training.batch_size / (time.time() - began)
+                speed = (step - logged) * training.batch_size / max(time.time() - began, 1e-9)
                 line = {"step": step, "loss": mse + vb, "mse": mse, "vb": vb, "lr": lr,
                         "grad_norm": grad_norm, "images_per_s": round(speed, 1)}
                 if evaluate and held_out:
@@ -895,14 +924,17 @@ def read_ahead(fetch: Callable, step: int) -> Iterator:
 
 @contextmanager
 def stop_signals() -> Iterator:
-    """A list that SIGINT and SIGTERM join, in place of what they would do."""
-    received = []
-    both = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(s, lambda signum, _: received.append(signum)) for s in both]
+    """A list that SIGINT, SIGTERM and (without nohup) SIGHUP join, in place of what they would do;
+    it stays empty outside of the main thread, which alone may handle signals."""
+    received, before = [], {}
+    nohup = not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     try:
+        with suppress(ValueError):  # "signal only works in main thread"
+            for s in (signal.SIGINT, signal.SIGTERM, *(() if nohup else (signal.SIGHUP,))):
+                before[s] = signal.signal(s, lambda number, _: received.append(number))
         yield received
     finally:
-        for s, handler in zip(both, before):
+        for s, handler in before.items():
             signal.signal(s, handler)
 
 def start_run(state: dict, out: str, resume: bool) -> int:
@@ -918,64 +950,47 @@ def start_run(state: dict, out: str, resume: bool) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     return 0
 
-def save_checkpoint(path: str | Path, state: dict):
-    """Write beside, then rename: a full disk or a kill leaves the previous checkpoint as it was."""
-    beside = Path(f"{path}.tmp")
+def write_whole(path: str | Path, write: Callable):
+    """write(file) beside `path`, then rename: a full disk or a kill leaves what was there."""
+    beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
-            torch.save(state, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
     except RuntimeError as e:  # torch's name for a full disk
-        raise OSError(f"cannot write {beside}: {e}") from e
+        raise OSError(f"cannot write {beside}: {e}".partition("\n")[0]) from e
     finally:
         beside.unlink(missing_ok=True)
 
-def load_checkpoint(path: str | Path) -> dict:
+def save_checkpoint(path: str | Path, state: dict):
+    write_whole(path, lambda file: torch.save(state, file))
+
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     """What `train` saved: model, ema, optimizer, step, kind (the config's class), config, training,
-    meta (of the data). FileNotFoundError, or ValueError if it cannot be read."""
+    meta (of the data). FileNotFoundError, or ValueError if it cannot be read or has changed."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}; `torchrun train_min.py` makes one")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: ckpt[name] for name in ("model", "ema", "optimizer", "step", "kind", "config",
-                                              "training", "meta")}
+        with zipfile.ZipFile(path) as file:  # torch.load does not compare its CRCs
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} has changed since it was written")
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch raises many kinds on a damaged file, with long texts
-        reason = str(e).partition("\n")[0]
+        reason = " ".join(str(e).split())[:200]
         raise ValueError(f"{path} is not a readable checkpoint (cut short?): {reason}") from e
 
-def load_pretrained(path: str | Path, kinds: tuple[type, ...]) -> DyDiLiT:
-    if Path(path).is_dir():
-        weights, about = read_folder(Path(path))
-    else:
-        about = load_checkpoint(path)
-        weights = about["ema"]
-    known = {kind.__name__: kind for kind in kinds}
-    if about["kind"] not in known:
-        raise ValueError(f"{path} holds a model of the kind {about['kind']!r}, not "
-                         f"{' or '.join(known)} (experiments/pretrained.py loads others)")
-    try:
-        model = known[about["kind"]](**about["config"]).build()
-        model.load_state_dict(weights)
-    except (TypeError, ValueError, RuntimeError) as e:  # fields or weights of another model
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path}: not the config and weights of a model of this version: {reason}"
-                         ) from e
-    model.meta, model.step = about["meta"], about["step"]
-    return model.eval()
-
-def read_folder(folder: Path) -> tuple[dict, dict]:
-    """(weights, config.json) of a folder that save_pretrained wrote."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        about = json.loads((folder / "config.json").read_text())
-        weights = load_file(folder / "model.safetensors")
-        return weights, {name: about[name] for name in ("kind", "config", "meta", "step")}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise ValueError(f"{folder} holds no model.safetensors and config.json as save_pretrained "
-                         f"writes them: {e}") from e
+def read_folder(folder: Path) -> dict:
+    """What save_pretrained wrote, like a checkpoint whose only weights are `ema`."""
+    from safetensors import safe_open
+    about = json.loads((folder / "config.json").read_text())
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        own = json.loads((file.metadata() or {}).get("about", "{}"))
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    if own and "config" in about and own["crc32"] != about.get("crc32"):  # a kill came in between
+        about = own
+    return about | {"ema": weights}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,17 +3,15 @@
     from experiments import pretrained
     model = pretrained.load("out/DiT-digits/ckpt.pt")    # ready for sampling
 
-For readers who want to sample from a compared model. Imports dydilit.py and baselines.py only.
+For readers who want to sample from a compared model. Imports dydilit.py, support/ and
+baselines.py only.
 """
 
-import argparse
 import math
-from pathlib import Path
 
-import torch
-
-from dydilit import Config, DyDiLiT
+from dydilit import Config
 from experiments.baselines import Baseline
+from support import pretrained
 
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of DiT's own widths: S, B, L, XL
 DIT_VAE = {"vae": "stabilityai/sd-vae-ft-ema", "scaling": 0.18215}
@@ -27,29 +25,24 @@ def load(path, heads=None):
     if their width is none of DiT's own four. The model has `meta` and `step`, as after
     DyDiLiT.from_pretrained. FileNotFoundError or ValueError, one line, if it cannot be loaded.
     """
-    try:
-        return DyDiLiT.from_pretrained(path, kinds=(Config, Baseline))
-    except ValueError:
-        state = None if Path(path).is_dir() else dit_weights(path)
-        if state is None:
-            raise
-    return dit_model(path, state, heads)
+    saved = pretrained.read(path)
+    if "config" in saved or not is_dit(saved["ema"]):
+        return pretrained.build(path, saved, kinds=(Config, Baseline))
+    return dit_model(path, saved["ema"], heads)
 
 
-def dit_weights(path):
-    """The state dict of a file with DiT's weights; None if the file is something else."""
+def is_dit(state):
+    """Whether these are weights of facebookresearch/DiT, or of its kind."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # beside DiT's own checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("ema", state)
         shape_of(state)
-        return state
-    except Exception:  # torch raises many kinds; from_pretrained has said what the file is not
-        return None
+    except (KeyError, ValueError, IndexError):
+        return False
+    return any(name.endswith("mlp.fc1.weight") for name in state)
 
 
 def shape_of(state):
-    """The fields of a Config that the shapes of DiT's weights show. KeyError if they are others."""
+    """The fields of a Config that the shapes of DiT's weights show. KeyError, ValueError or
+    IndexError if they are others."""
     D, channels, patch, _ = state["x_embedder.proj.weight"].shape
     N = state["pos_embed"].shape[1]
     blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]

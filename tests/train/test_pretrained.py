@@ -91,11 +91,15 @@ def test_a_path_may_be_a_string(checkpoint, folder):
 
 
 def test_saving_writes_two_files_that_others_can_read(folder):
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
     about = json.loads((folder / "config.json").read_text())
+    crc32 = about.pop("crc32")
     assert about == {"kind": "Config", "config": asdict(CONFIG), "meta": {}, "step": None}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["about"]) == about | {"crc32": crc32}
     assert load_file(folder / "model.safetensors").keys() == DyDiLiT(CONFIG).state_dict().keys()
 
 
