@@ -42,10 +42,10 @@ class Baseline(Config):
     """A Config that names its attention and feed-forward. A comment is its field's help line."""
 
     attention: str = "softmax"  # softmax|kv-compressed|moh|relu|focused|lit|edit|gated|ladder
-    feed_forward: str = "mlp"  # mlp (DiT), glumbconv (Sana) or swiglu (DiG)
+    feed_forward: str = "mlp"  # mlp (DiT), glumbconv (DyDi-LiT), sana (its start) or swiglu (DiG)
     heads: int = 1  # attention heads; edit and ladder have one
-    shared_heads: int = 0  # moh: heads that every token uses
-    routed_heads: int = 1  # moh: how many of the other heads each token uses
+    shared_heads: int = 0  # moh: heads that every token uses, in the first two thirds of the blocks
+    routed_heads: int = 1  # moh: how many of the other heads each token uses there
     kernel: str = "dynamic"  # ladder: relu, focused (Eq. 5, gamma 3) or dynamic (Eq. 6)
     projection: str = "dynamic"  # ladder: shared or dynamic (Eq. 2)
     differential: str = "token"  # ladder: none, token (Eq. 8) or map (Eq. 10)
@@ -197,7 +197,45 @@ class WithLoss(torch.autograd.Function):
         return dout, ctx.gradient, None
 
 
-class MoH(Softmax):
+def gate_softmax(layer, x):
+    """softmax(x W) of a layer without bias, in float32: the gates of MoH."""
+    return F.linear(at_least_float32(x), at_least_float32(layer.weight)).softmax(-1)
+
+
+class GatedHeads(Softmax):
+    """MoH where nothing is routed, the last third of its blocks: every head has a gate.
+
+        O_i = [g_i1 o_i1, g_i2 o_i2, ..] W_o + b_o      o as in DiT; g_i = S softmax(x_i W_1)
+
+    S is the number of heads; a single head has gate 1.
+    """
+
+    def __init__(self, config, i=0, shared=None):
+        super().__init__(config)
+        self.shared = self.heads if shared is None else shared
+        if self.shared > 1:
+            self.wg_1 = nn.Linear(config.hidden_size, self.shared, bias=False)
+
+    def shared_gates(self, x):
+        """x (B, N, D) -> the gates of the shared heads among each other (B, N, S), their mean 1."""
+        if self.shared > 1:
+            return self.shared * gate_softmax(self.wg_1, x)
+        return torch.ones_like(at_least_float32(x[..., :1]))
+
+    def gates(self, x):
+        """x (B, N, D) -> the gates (B, N, heads), and the balance term, which is None."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.shared_gates(x), None
+
+    def forward(self, x, grid):
+        gates, balance = self.gates(x)
+        if self.training and balance is not None:
+            gates = WithLoss.apply(gates, balance, self.weight)
+        heads = self.attend(x, grid)  # (B, heads, N, d)
+        return self.proj(join_heads(heads * gates.mT.unsqueeze(-1).to(heads.dtype)))
+
+
+class MoH(GatedHeads):
     """Mixture of heads (Jin et al., arXiv 2410.11842; its public code).
 
         O_i = [g_i1 o_i1, g_i2 o_i2, ..] W_o + b_o      o as in DiT; every token has its own gates g
@@ -209,34 +247,29 @@ class MoH(Softmax):
         a_i = softmax(x_i W_0), or 1/2 if there is no shared head
 
     A single routed head so has gate 1, and W learns from the balance term alone. All heads are
-    computed, as in MoH's training code: no time is saved.
+    computed, as in MoH's training code: no time is saved. attention_of routes in the first two
+    thirds of the blocks only, as MoH's S/2 with 90 % of the heads active does (8 of 12).
 
-    Balance term: 0.01 E^2 mean_e(mean_i p_ie * share of tokens that use e), mean over the blocks.
-    WithLoss adds its gradient, so the training loop, its logged loss and the held-out loss exclude
-    it. It is taken over the images of one forward pass: it depends on --micro-batch (and is added
-    once for each micro-batch) and on the number of processes.
+    Balance term: 0.01 E^2 mean_e(mean_i p_ie * share of tokens that use e), mean over the blocks
+    that route. WithLoss adds its gradient, so the training loop, its logged loss and the held-out
+    loss exclude it. It is taken over the images of one forward pass: it depends on --micro-batch
+    (and is added once for each micro-batch) and on the number of processes.
     """
 
     def __init__(self, config, i=0):
-        super().__init__(config)
+        super().__init__(config, i, config.shared_heads)
         D = config.hidden_size
-        self.shared = config.shared_heads
         self.routed = config.routed_heads
-        self.weight = 0.01 / config.depth
+        routing_blocks = sum(attention_of(config, b) is MoH for b in range(config.depth))
+        self.weight = 0.01 / routing_blocks
         self.wg = nn.Linear(D, self.heads - self.shared, bias=False)
         if self.shared:
             self.wg_0 = nn.Linear(D, 2, bias=False)
-        if self.shared > 1:
-            self.wg_1 = nn.Linear(D, self.shared, bias=False)
 
     def gates(self, x):
         """x (B, N, D) -> the gates (B, N, heads), shared heads first, and the balance term ()."""
-
-        def softmax(layer):
-            return F.linear(at_least_float32(x), at_least_float32(layer.weight)).softmax(-1)
-
         with torch.autocast(x.device.type, enabled=False):
-            p = softmax(self.wg)  # (B, N, E)
+            p = gate_softmax(self.wg, x)  # (B, N, E)
             best = p.topk(self.routed, dim=-1).indices  # (B, N, K)
             chosen = torch.zeros_like(p).scatter(-1, best, 1)  # (B, N, E), 0 or 1
             E = p.shape[-1]
@@ -244,20 +277,9 @@ class MoH(Softmax):
             routed = self.routed * p * chosen / (p * chosen).sum(-1, keepdim=True)
             if not self.shared:
                 return routed, balance
-            if self.shared > 1:
-                shared = self.shared * softmax(self.wg_1)  # (B, N, S)
-            else:
-                shared = torch.ones_like(p[..., :1])
-            groups = 2 * softmax(self.wg_0)  # (B, N, 2)
-            gates = torch.cat([groups[..., :1] * shared, groups[..., 1:] * routed], dim=-1)
-            return gates, balance
-
-    def forward(self, x, grid):
-        gates, balance = self.gates(x)
-        if self.training:
-            gates = WithLoss.apply(gates, balance, self.weight)
-        heads = self.attend(x, grid)  # (B, heads, N, d)
-        return self.proj(join_heads(heads * gates.mT.unsqueeze(-1).to(heads.dtype)))
+            groups = 2 * gate_softmax(self.wg_0, x)  # (B, N, 2)
+            shared = groups[..., :1] * self.shared_gates(x)
+            return torch.cat([shared, groups[..., 1:] * routed], dim=-1), balance
 
 
 class ReLULinear(nn.Module):
@@ -270,12 +292,15 @@ class ReLULinear(nn.Module):
     the preset.
     """
 
+    qkv_bias = False
+
     def __init__(self, config, i=0):
         super().__init__()
+        D = config.hidden_size
         self.heads = config.heads
         self.normalize = config.normalize
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(D, 3 * D, bias=self.qkv_bias)
+        self.proj = nn.Linear(D, D)
 
     def phi(self, z):
         """The kernel of q and k. z (B, N, D)."""
@@ -295,13 +320,15 @@ class ReLULinear(nn.Module):
 
 
 class LiT(ReLULinear):
-    """LiT (Wang et al., arXiv 2501.12976; its published description, its code was not read).
+    """LiT (Wang et al., arXiv 2501.12976; facts of a class that its first author published later).
 
         O = (o + conv(v)) W_o + b_o      o as in Sana; conv: depthwise 5 x 5, shared by the heads
 
-    The convolution is FLatten's. Two heads for S are the paper's, other numbers are ours. Nothing
-    is inherited from a trained DiT or distilled from a teacher.
+    q, k and v have biases. The convolution is FLatten's. Two heads for S are the paper's, other
+    numbers are ours. Nothing is inherited from a trained DiT or distilled from a teacher.
     """
+
+    qkv_bias = True
 
     def __init__(self, config, i=0):
         super().__init__(config)
@@ -319,7 +346,7 @@ class FLatten(LiT):
 
         phi(z) = z+^3 |z+| / |z+^3|, z+ = relu(z): Eq. 5 with gamma = 3, norms over all heads
 
-    Linear attention and convolution as in LiT. Two parts of its code are left out: learned
+    Linear attention, biases and convolution as in LiT. Two parts of its code are left out: learned
     positions, which tie a model to one resolution, and a learned scale for each channel.
     """
 
@@ -334,8 +361,9 @@ class EDiT(nn.Module):
         k = relu(conv(W_k x)),  v = conv(W_v x)      conv: depthwise 3 x 3, stride 2
 
     and Eq. 4 of them: every query sees its neighbours, and a quarter of the keys and values is
-    left. Ours: D / 2 channels inside the 3 x 3 and one head, as the paper's GFLOPs say (README.md);
-    16 groups if 16 divides D / 2; no biases in W_q, W_k, W_v. Nothing is distilled.
+    left. Two of three summaries print this query; in the third the norm follows the activation and
+    there is no W_q. Ours: D / 2 channels inside the 3 x 3 and one head, as the paper's GFLOPs say
+    (README.md); 16 groups if 16 divides D / 2; no biases in W_q, W_k, W_v. Nothing is distilled.
     """
 
     def __init__(self, config, i=0):
@@ -647,6 +675,15 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class SanaGLUMBConv(GLUMBConv):
+    """dydilit.py's GLUMBConv with the initial values of Sana's code, which `initialize` draws.
+
+    Sana leaves its two 1 x 1 convolutions at PyTorch's default: uniform, bound 1 / sqrt(fan_in),
+    the bias too. dydilit.py draws them by DiT's rule, and so does the ladder, whose rows then
+    differ in their attention alone.
+    """
+
+
 class SwiGLU(nn.Module):
     """DiG's: D to 2h, one half gates the other, back to D; h is 8/3 D, up to a multiple of 256."""
 
@@ -681,6 +718,7 @@ ATTENTIONS = {
 FEED_FORWARDS = {  # the class, and its multiply-adds for a token of width D
     "mlp": (MLP, lambda D: 8 * D**2),
     "glumbconv": (GLUMBConv, lambda D: 12 * D**2 + 72 * D),
+    "sana": (SanaGLUMBConv, lambda D: 12 * D**2 + 72 * D),
     "swiglu": (SwiGLU, lambda D: 3 * D * SwiGLU.width(D)),
 }
 CHOICES = {
@@ -693,9 +731,14 @@ CHOICES = {
 
 
 def attention_of(config, i):
-    """The class of block i's attention. PixArt-Sigma compresses in the last half of the blocks."""
+    """The class of block i's attention.
+
+    PixArt-Sigma compresses in the last half of the blocks; MoH does not route in the last third.
+    """
     if config.attention == "kv-compressed" and 2 * i < config.depth - 1:
         return Softmax
+    if config.attention == "moh" and 3 * i >= 2 * config.depth:
+        return GatedHeads
     return ATTENTIONS[config.attention]
 
 
@@ -708,6 +751,9 @@ def initialize(model):
         elif isinstance(module, KVCompressed):  # the mean of a patch
             nn.init.constant_(module.sr.weight, 1 / module.sr.weight[0].numel())
             nn.init.zeros_(module.sr.bias)
+        elif isinstance(module, SanaGLUMBConv):
+            module.inverted_conv.reset_parameters()
+            module.point_conv.reset_parameters()
         elif isinstance(module, GatedLinear):  # small, as in DiG's code
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
@@ -763,6 +809,8 @@ def attention_cost(config, kind, side):
     edit = edit_convolutions + min(2 * N * m, (N + m) * D) * D + denominator
 
     gates = c.heads + 2 * (c.shared_heads > 0) - (c.shared_heads == 1)  # columns of W, W_0, W_1
+    all_gates = c.heads * (c.heads > 1)
+
     dig_parts = 24 * N * D + 9 * N * D  # the rank-16 decay, and the convolution of DiG's block
     dig_scan = N * D * (D // c.heads)  # k^T v and q S
     maps = 1 + (c.differential == "map")
@@ -771,6 +819,7 @@ def attention_cost(config, kind, side):
     inside, left_out = {
         Softmax:      (softmax, 0),
         KVCompressed: (compressed, 0),
+        GatedHeads:   (softmax, N * D * all_gates),
         MoH:          (softmax, N * D * gates),
         ReLULinear:   (linear, 0),
         LiT:          (linear + 25 * N * D, 0),
@@ -818,7 +867,7 @@ MODELS = {
     "DiT":     ("softmax", "mlp", 64),
     "PixArt":  ("kv-compressed", "mlp", 64),
     "MoH":     ("moh", "mlp", 64),
-    "Sana":    ("relu", "glumbconv", 0),
+    "Sana":    ("relu", "sana", 0),
     "FLatten": ("focused", "mlp", 64),  # a classifier's attention, here in a DiT
     "LiT":     ("lit", "mlp", 192),
     "EDiT":    ("edit", "mlp", 0),
@@ -872,8 +921,8 @@ def variant(name, base):
         attention=attention,
         feed_forward=feed_forward,
         heads=heads,
-        shared_heads=heads // 2,  # with one or two heads MoH has nothing to route
-        routed_heads=max(1, heads // 4),
+        shared_heads=heads // 2,  # 3 + 2 of 6 for S, as published; of 1 or 2 heads all are used,
+        routed_heads=max(1, round(heads / 3)),  # so MoH routes nothing there
     )
     return nearest_depth(config, base)
 

@@ -22,7 +22,7 @@ import torch
 import dydilit
 from dydilit import Diffusion
 from experiments import baselines
-from experiments.baselines import GatedLinear, MoH, scan_order
+from experiments.baselines import GatedHeads, GatedLinear, MoH, scan_order
 
 KERNELS = ("q_kernel", "k_kernel", "q_prime_kernel", "k_prime_kernel")
 DIFFERENCES = ("q_difference", "k_difference")
@@ -172,7 +172,7 @@ def routes_of(attn, x, indices):
 def matrix_of(attn, x, grid, parts, routes):
     """The matrix (B, heads, N, M) and the values (B, heads, M, d) of one forward pass on x."""
     a, v = parts[0]
-    if isinstance(attn, MoH):
+    if isinstance(attn, GatedHeads):
         a = a * attn.gates(x)[0].mT.unsqueeze(-1)
     elif isinstance(attn, GatedLinear):  # from the order of the scan to that of the image
         back = scan_order(grid, attn.i).argsort().to(a.device)

@@ -13,7 +13,7 @@ from util import assert_close, choose, power
 import dydilit
 from dydilit import Config, Data, DyDiLA, train
 from experiments import baselines, pretrained, probe
-from experiments.baselines import MODELS, VARIANTS, GatedLinear, Ladder, LiT, variant
+from experiments.baselines import MODELS, VARIANTS, GatedLinear, Ladder, ReLULinear, variant
 from experiments.probe import entropies, routers, row_statistics, usage, usage_entropy, watched
 from support.runs import prepare_resume
 
@@ -74,7 +74,7 @@ def before_projection(attn, x, grid):
         attn.dwc = None
     if isinstance(attn, DyDiLA):
         attn.dwc.forward = lambda v, grid: 0
-    if isinstance(attn, LiT):
+    if isinstance(attn, ReLULinear):
         attn.local = lambda v, grid: 0
     caught = []
     last = attn.o_proj if isinstance(attn, GatedLinear) else attn.proj
@@ -123,6 +123,19 @@ def test_matrix_times_values_is_the_attention(name, normalize, grid, block):
         gate = 1
     o = heads.transpose(1, 2).flatten(2) * gate
     assert_close(f"{name} {grid}", o, want, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_the_matrix_of_a_block_of_moh_without_routing_has_its_gates():
+    model = model_of("MoH")
+    model = replace(model.config, depth=3).build().double()
+    attn, x = model.blocks[2].attn, torch.randn(3, 8, 24, dtype=torch.float64)
+    want = before_projection(attn, x, (2, 4))
+    with watched(model, matrices=True) as seen:
+        attn(x, (2, 4))
+    assert "heads" in seen[0]["routes"] and seen[2]["routes"] == {}
+    matrix, values = seen[2]["attention"][0]
+    assert_close("o", (matrix @ values).transpose(1, 2).flatten(2), want, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["DiT", "PixArt"])

@@ -1,5 +1,6 @@
 """Every compared model as a whole: gradients, training, sampling; its name, size and fields."""
 
+import math
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -49,13 +50,14 @@ def test_gradcheck(kind, changes):
     """x and every parameter. Routers are frozen, since their gradient is no derivative; MoH's
     balance term is off."""
     size = {"hidden_size": 4, "heads": 1} if kind == "ladder" else {"hidden_size": 8, "heads": 2}
-    attn = attention(kind, 1, seed=5, router_grad=False, **size | changes).eval()
+    attn = attention(kind, 1, seed=5, input_size=4, router_grad=False, **size | changes).eval()
     names = [name for name, p in attn.named_parameters() if p.requires_grad]
+    grid = (2, 3)
 
     def run(x, *weights):
-        return torch.func.functional_call(attn, dict(zip(names, weights)), (x, (2, 3)))
+        return torch.func.functional_call(attn, dict(zip(names, weights)), (x, grid))
 
-    x = normal(1, 6, size["hidden_size"]).requires_grad_()
+    x = normal(1, math.prod(grid), size["hidden_size"]).requires_grad_()
     assert gradcheck(run, (x, *(p for p in attn.parameters() if p.requires_grad)))
 
 
@@ -212,7 +214,7 @@ def test_an_unknown_variant_lists_the_known():
 WRONG = [
     ({"attention": "flash"},
      "unknown attention 'flash'; known: softmax, kv-compressed, moh, .*, ladder"),
-    ({"feed_forward": ""}, "unknown feed_forward ''; known: mlp, glumbconv, swiglu"),
+    ({"feed_forward": ""}, "unknown feed_forward ''; known: mlp, glumbconv, sana, swiglu"),
     ({"kernel": "elu"}, "unknown kernel 'elu'; known: relu, focused, dynamic"),
     ({"projection": "none"}, "unknown projection 'none'; known: shared, dynamic"),
     ({"differential": "tokens"}, "unknown differential 'tokens'; known: none, token, map"),
@@ -264,5 +266,8 @@ def test_help_shows_the_fields_of_a_variant(capsys):
     with pytest.raises(SystemExit):
         train_min.parse(["--preset=MoH-digits", "--help"], preset=preset)
     text = " ".join(capsys.readouterr().out.split())
-    assert "moh: heads that every token uses (default 1)" in text
+    shared = "moh: heads that every token uses, in the first two thirds of the blocks (default 1)"
+    assert shared in text
+    flags = [f"--{field.name.replace('_', '-')}" for field in fields(Baseline)]
+    assert [flag for flag in flags if flag not in text] == []
     assert "D, the token width; a multiple of 4 (default 96)" in text
