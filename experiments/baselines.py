@@ -3,13 +3,14 @@
     torchrun -m experiments.train --preset DiT-digits    a variant, a hyphen, a preset of dydilit.py
     torchrun -m experiments.train --preset ladder-2-measure-S/2 --data data/NAME --out out/NAME
 
-For readers who want to know what was compared. Imports dydilit.py only.
+For readers who want to know what was compared. Imports dydilit.py, dig.py and mhla.py.
 
 Every variant keeps the skeleton of dydilit.py and changes three things: the attention, the
 feed-forward and the number of blocks. An attention maps tokens (B, N, D) and their grid (H, W) to
 (B, N, D), as DyDiLA does. The attentions without softmax compute in float32, and all of them but
-DiG's divide by DyDiLA's guarded denominator. In the formulas below i and j number tokens, h numbers
-heads, and d = D / heads. README.md says what was read of each model and what is a choice of ours.
+DiG's and MHLA's divide by DyDiLA's guarded denominator. In the formulas below i and j number
+tokens, h numbers heads, and d = D / heads. README.md says what was read of each model and what is a
+choice of ours.
 """
 
 import math
@@ -33,6 +34,8 @@ from dydilit import (
     to_image,
     to_tokens,
 )
+from experiments.dig import gated_scan, scan_order
+from experiments.mhla import block_attention, blocks_per_side, first_mixture
 
 LADDER_FIELDS = ("kernel", "projection", "differential", "dwc", "rising_lambda", "batch_norm")
 
@@ -41,11 +44,12 @@ LADDER_FIELDS = ("kernel", "projection", "differential", "dwc", "rising_lambda",
 class Baseline(Config):
     """A Config that names its attention and feed-forward. A comment is its field's help line."""
 
-    attention: str = "softmax"  # softmax|kv-compressed|moh|relu|focused|lit|edit|gated|ladder
+    attention: str = "softmax"  # softmax|kv-compressed|moh|relu|focused|lit|mhla|edit|gated|ladder
     feed_forward: str = "mlp"  # mlp (DiT), glumbconv (DyDi-LiT), sana (its start) or swiglu (DiG)
     heads: int = 1  # attention heads; edit and ladder have one
     shared_heads: int = 0  # moh: heads that every token uses, in the first two thirds of the blocks
     routed_heads: int = 1  # moh: how many of the other heads each token uses there
+    qk_norm: bool = False  # relu: an RMSNorm of q and of k before the kernel, as in Sana-1.5
     kernel: str = "dynamic"  # ladder: relu, focused (Eq. 5, gamma 3) or dynamic (Eq. 6)
     projection: str = "dynamic"  # ladder: shared or dynamic (Eq. 2)
     differential: str = "token"  # ladder: none, token (Eq. 8) or map (Eq. 10)
@@ -75,6 +79,8 @@ class Baseline(Config):
                 f"routed_heads {self.routed_heads} must be between 1 and the {self.heads} heads "
                 f"less the {self.shared_heads} shared ones"
             )
+        if self.qk_norm and self.attention != "relu":
+            raise ValueError(f"qk_norm is for attention 'relu', not for {self.attention!r}")
 
     def check_ladder(self):
         """ValueError if fields of the ladder contradict each other or belong to no ladder."""
@@ -289,7 +295,7 @@ class ReLULinear(nn.Module):
         O_i = [o_i1, o_i2, ..] W_o + b_o
 
     Sana has heads of 32 channels. The paper's GFLOPs admit one head of width D only, and so does
-    the preset.
+    the preset. qk_norm: q and k pass an RMSNorm over all D channels first, as in Sana-1.5.
     """
 
     qkv_bias = False
@@ -300,11 +306,17 @@ class ReLULinear(nn.Module):
         self.heads = config.heads
         self.normalize = config.normalize
         self.qkv = nn.Linear(D, 3 * D, bias=self.qkv_bias)
+        self.q_norm = nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(D, D)
 
     def phi(self, z):
-        """The kernel of q and k. z (B, N, D)."""
-        return at_least_float32(z).relu()
+        """The kernel of q and k. z (B, N, D), float32 or float64."""
+        return z.relu()
+
+    def attend(self, q, k, v, grid):
+        """The attention of every head. q, k after the kernel; all (B, heads, N, d)."""
+        return linear_attention(q, k, v, self.normalize)
 
     def local(self, v, grid):
         """What is added to the attention before the projection. v (B, N, D); here nothing."""
@@ -313,9 +325,11 @@ class ReLULinear(nn.Module):
     def forward(self, x, grid):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            features = self.phi(q), self.phi(k), at_least_float32(v)
+            q_features = self.phi(self.q_norm(at_least_float32(q)))
+            k_features = self.phi(self.k_norm(at_least_float32(k)))
+            features = q_features, k_features, at_least_float32(v)
             heads = [split_heads(z, self.heads) for z in features]
-            o = join_heads(linear_attention(*heads, self.normalize)).to(v.dtype)
+            o = join_heads(self.attend(*heads, grid)).to(v.dtype)
         return self.proj(o + self.local(v, grid))
 
 
@@ -352,6 +366,47 @@ class FLatten(LiT):
 
     def phi(self, z):
         return power_kernel(z, 3.0)
+
+
+class MHLA(ReLULinear):
+    """MHLA (Zhang et al., ICLR 2026; facts of its public code): every block of tokens reads its own
+    mixture of the key-value summaries of all blocks.
+
+        q, k, v = LayerNorm(x) W + b      phi(z) = relu(z) + 1e-6
+        O = (block_attention(phi(q), phi(k), v) + conv(v)) W_o + b_o      conv: depthwise 3 x 3
+
+    in every head; the mixture, one matrix for all heads, is learned and kept between 0 and 1. The
+    LayerNorm has weights and comes after adaLN's. Ours: the number of blocks at other grids than
+    16 x 16 and 14 x 14 (blocks_per_side), and no dropout behind W_o, where MHLA's code has 0.1.
+    """
+
+    qkv_bias = True
+
+    def __init__(self, config, i=0):
+        super().__init__(config)
+        D = config.hidden_size
+        side = config.input_size // config.patch_size
+        n = blocks_per_side(side)
+        self.width = side // n  # of a block, in tokens
+        self.norm = nn.LayerNorm(D)
+        self.conv = convolution(D, D, 3, padding=1, groups=D)
+        self.mixture = nn.Parameter(torch.empty(n**2, n**2))
+        initialize(self)
+
+    def phi(self, z):
+        return z.relu() + 1e-6
+
+    def attend(self, q, k, v, grid):
+        mixture = at_least_float32(self.mixture).clamp(0, 1)  # averaged weights may be just outside
+        return block_attention(q, k, v, mixture, grid, self.width, self.normalize)
+
+    def local(self, v, grid):
+        return to_tokens(self.conv(to_image(v, grid)))
+
+    def forward(self, x, grid):
+        if self.training:  # MHLA's code does so after each step of the optimiser
+            self.mixture.data.clamp_(0, 1)
+        return super().forward(self.norm(x), grid)
 
 
 class EDiT(nn.Module):
@@ -395,52 +450,6 @@ class EDiT(nn.Module):
                 tokens_first=2 * N * M <= (N + M) * D,  # the cheaper order for N queries, M keys
             )
         return self.proj(o.to(v.dtype))
-
-
-def gated_scan(q, k, v, log_a, chunk=8):
-    """Gated linear attention (Yang et al. 2024), a recurrence over the tokens:
-
-        S_t = diag(a_t) S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   S_0 = 0
-
-    q, k, log_a (..., N, K), log_a <= 0; v (..., N, V); returns (..., N, V). Tokens are taken in
-    chunks: all pairs at once within a chunk, and a state S (K, V) from chunk to chunk. Every
-    exponent is <= 0, so no value overflows.
-    """
-    N = q.shape[-2]
-    padding = -N % chunk
-
-    def chunks(z):
-        """(..., N, K) -> (..., chunks, chunk, K); zeros fill the last chunk."""
-        return F.pad(z, (0, 0, 0, padding)).unflatten(-2, (-1, chunk))
-
-    q, k, v, log_a = chunks(q), chunks(k), chunks(v), chunks(log_a)
-    b = log_a.cumsum(-2)  # (..., chunk, K): the log of the decay since the chunk began
-
-    # Within a chunk: o_t = sum over s <= t of (q_t k_s exp(b_t - b_s)) v_s.
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1).unsqueeze(-1)
-    decay = (b.unsqueeze(-2) - b.unsqueeze(-3)).masked_fill(later, -math.inf).exp()
-    inside = (q.unsqueeze(-2) * k.unsqueeze(-3) * decay).sum(-1) @ v
-
-    # From chunk to chunk: S <- diag(exp(end)) S + sum over s of (k_s exp(end - b_s))^T v_s.
-    end = b[..., -1:, :]  # (..., 1, K): the log of the whole chunk's decay
-    added = (k * (end - b).exp()).mT @ v  # (..., K, V)
-    kept = end.exp().mT  # (..., K, 1)
-    states = [torch.zeros_like(added[..., 0, :, :])]  # S at the beginning of each chunk
-    for i in range(added.shape[-3] - 1):
-        states.append(kept[..., i, :, :] * states[-1] + added[..., i, :, :])
-    before = (q * b.exp()) @ torch.stack(states, -3)
-    return (inside + before).flatten(-3, -2)[..., :N, :]
-
-
-def scan_order(grid, i):
-    """Token numbers (N,) in the order in which block i scans them.
-
-    Blocks take turns: rows, rows backwards, columns, columns backwards. DiG reaches the same orders
-    by flipping the sequence after each block and transposing it after every second block.
-    """
-    order = torch.arange(math.prod(grid)).view(grid)
-    order = (order.mT if i % 4 >= 2 else order).flatten()
-    return order.flip(0) if i % 2 else order
 
 
 class GatedLinear(nn.Module):
@@ -711,6 +720,7 @@ ATTENTIONS = {
     "relu": ReLULinear,
     "focused": FLatten,
     "lit": LiT,
+    "mhla": MHLA,
     "edit": EDiT,
     "gated": GatedLinear,
     "ladder": Ladder,
@@ -754,13 +764,22 @@ def initialize(model):
         elif isinstance(module, SanaGLUMBConv):
             module.inverted_conv.reset_parameters()
             module.point_conv.reset_parameters()
+        elif isinstance(module, MHLA):
+            n = math.isqrt(len(module.mixture))
+            module.mixture.copy_(first_mixture(n, n))
+            identity_(module.conv)
         elif isinstance(module, GatedLinear):  # small, as in DiG's code
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
                     nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
-        elif isinstance(module, DiGBlock):  # the identity
-            nn.init.dirac_(module.dw_conv.weight, groups=len(module.dw_conv.weight))
-            nn.init.zeros_(module.dw_conv.bias)
+        elif isinstance(module, DiGBlock):
+            identity_(module.dw_conv)
+
+
+def identity_(depthwise):
+    """A depthwise convolution starts as the identity, in DiG's and in MHLA's code."""
+    nn.init.dirac_(depthwise.weight, groups=len(depthwise.weight))
+    nn.init.zeros_(depthwise.bias)
 
 
 def initialize_ladder(attn):
@@ -811,6 +830,10 @@ def attention_cost(config, kind, side):
     gates = c.heads + 2 * (c.shared_heads > 0) - (c.shared_heads == 1)  # columns of W, W_0, W_1
     all_gates = c.heads * (c.heads > 1)
 
+    M = blocks_per_side(side) ** 2  # MHLA's blocks
+    summaries = (2 * N + M**2) * D * (D // c.heads)  # made, mixed, read
+    mhla = summaries + 9 * N * D + (denominator + M * N * c.heads * c.normalize)
+
     dig_parts = 24 * N * D + 9 * N * D  # the rank-16 decay, and the convolution of DiG's block
     dig_scan = N * D * (D // c.heads)  # k^T v and q S
     maps = 1 + (c.differential == "map")
@@ -824,6 +847,7 @@ def attention_cost(config, kind, side):
         ReLULinear:   (linear, 0),
         LiT:          (linear + 25 * N * D, 0),
         FLatten:      (linear + 25 * N * D, 0),
+        MHLA:         (mhla, 0),
         EDiT:         (edit, 0),
         GatedLinear:  (dig_parts, dig_scan),
         Ladder:       (maps * linear + 9 * N * D * c.dwc, N * D * (primes + ladder_routers(c))),
@@ -870,6 +894,7 @@ MODELS = {
     "Sana":    ("relu", "sana", 0),
     "FLatten": ("focused", "mlp", 64),  # a classifier's attention, here in a DiT
     "LiT":     ("lit", "mlp", 192),
+    "MHLA":    ("mhla", "mlp", 64),
     "EDiT":    ("edit", "mlp", 0),
     "DiG":     ("gated", "swiglu", 64),
 }

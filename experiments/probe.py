@@ -94,6 +94,7 @@ def watched(model, matrices=False):
         functions |= {
             (dydilit, "linear_attention"): calls.linear_attention,
             (baselines, "linear_attention"): calls.linear_attention,
+            (baselines, "block_attention"): calls.block_attention,
             (baselines, "gated_scan"): calls.gated_scan,
             (baselines, "softmax_attention"): calls.softmax_attention,
         }
@@ -117,6 +118,7 @@ class Calls:
         self.originals = {
             "route": dydilit.route,
             "linear_attention": dydilit.linear_attention,
+            "block_attention": baselines.block_attention,
             "gated_scan": baselines.gated_scan,
             "softmax_attention": baselines.softmax_attention,
         }
@@ -134,6 +136,11 @@ class Calls:
         original = self.originals["linear_attention"]
         self.parts.append((original(q, k, identity(k), *args, **options), v))
         return original(q, k, v, *args, **options)
+
+    def block_attention(self, q, k, v, *args):
+        original = self.originals["block_attention"]
+        self.parts.append((original(q, k, identity(k), *args), v))
+        return original(q, k, v, *args)
 
     def gated_scan(self, q, k, v, log_a):
         original = self.originals["gated_scan"]

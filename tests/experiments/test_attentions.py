@@ -256,6 +256,24 @@ def test_lit_and_flatten_have_biases_on_q_k_v(name):
     assert attn.qkv.bias.shape == (36,) and attention("relu").qkv.bias is None
 
 
+def rms(tokens, weight):
+    return tokens / np.sqrt((tokens**2).mean(1, keepdims=True) + 1e-5) * weight
+
+
+def test_qk_norm_is_sana_1_5():
+    """An RMSNorm of q and of k over all heads, before the kernel."""
+
+    def loop(x, grid, s):
+        q, k, v = projected(x, s)
+        q, k = relu(rms(q, s["q_norm.weight"])), relu(rms(k, s["k_norm.weight"]))
+        parts = zip(heads_of(q, 2), heads_of(k, 2), heads_of(v, 2))
+        return linear(np.concatenate([attend(*z, True, 1e-6) for z in parts], axis=1), s, "proj")
+
+    compare("qk_norm", attention("relu", qk_norm=True), loop)
+    fresh = baselines.ReLULinear(Baseline(hidden_size=12, attention="relu", qk_norm=True))
+    assert (fresh.q_norm.weight == 1).all() and (fresh.k_norm.weight == 1).all()
+
+
 def test_sanas_feed_forward_starts_as_sanas():
     """Sana's 1 x 1 convolutions keep PyTorch's default, uniform up to 1 / sqrt(inputs)."""
     D = 96

@@ -224,7 +224,7 @@ def digits(tmp_path_factory):
     return str(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
 
 
-@pytest.fixture(scope="module", params=["DiT", "DiG", "MoH", "ladder-0-sana"])
+@pytest.fixture(scope="module", params=["DiT", "DiG", "MHLA", "MoH", "ladder-0-sana"])
 def trained(request, digits, tmp_path_factory):
     """A run of a compared model that has ended: (config, run, path of its checkpoint)."""
     config = variant(request.param, CONFIG)

@@ -48,7 +48,7 @@ def model_of(name, **changes):
     config = replace(config, depth=2, **changes)
     if name == "MoH":
         config = replace(config, heads=4, shared_heads=1, routed_heads=2)
-    if name in ("DiT", "PixArt", "LiT", "DiG", "FLatten"):
+    if name in ("DiT", "PixArt", "LiT", "MHLA", "DiG", "FLatten"):
         config = replace(config, heads=2)
     model = config.build().double()
     for key, p in model.named_parameters():
@@ -108,7 +108,11 @@ GRIDS = pytest.mark.parametrize("grid", [(2, 4), (6, 6)])  # fewer tokens than c
 @pytest.mark.parametrize("name", [*VARIANTS, "DyDi-LiT"])
 @torch.no_grad()
 def test_matrix_times_values_is_the_attention(name, normalize, grid, block):
-    model = model_of(name, normalize=normalize)
+    changes = {}
+    if name == "MHLA":  # it has the grid of its config, which is square
+        grid = (max(grid),) * 2
+        changes = {"input_size": 2 * max(grid)}
+    model = model_of(name, normalize=normalize, **changes)
     attn = model.blocks[block].attn
     x = torch.randn(3, math.prod(grid), 24, dtype=torch.float64)
     want = before_projection(attn, x, grid)
