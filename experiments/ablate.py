@@ -49,6 +49,8 @@ ALTERNATIVES = {
     "DyDi-LiT": ("", []),
     "no-normalize": ("", ["--no-normalize"]),
     "no-router-grad": ("", ["--no-router-grad"]),
+    "router-score": ("ladder-5-dwc-", ["--router-rule=score"]),
+    "router-dense": ("ladder-5-dwc-", ["--router-rule=dense"]),
     "batch-norm": ("ladder-5-dwc-", ["--batch-norm"]),
     "Sana-1.5": ("Sana-", ["--qk-norm"]),
 }

@@ -3,7 +3,7 @@
     torchrun -m experiments.train --preset DiT-digits    a variant, a hyphen, a preset of dydilit.py
     torchrun -m experiments.train --preset ladder-2-measure-S/2 --data data/NAME --out out/NAME
 
-For readers who want to know what was compared. Imports dydilit.py, dig.py and mhla.py.
+For readers who want to know what was compared. Imports dydilit.py, dig.py, mhla.py and routing.py.
 
 Every variant keeps the skeleton of dydilit.py and changes three things: the attention, the
 feed-forward and the number of blocks. An attention maps tokens (B, N, D) and their grid (H, W) to
@@ -34,10 +34,19 @@ from dydilit import (
     to_image,
     to_tokens,
 )
+from experiments import routing
 from experiments.dig import gated_scan, scan_order
 from experiments.mhla import block_attention, blocks_per_side, first_mixture
 
-LADDER_FIELDS = ("kernel", "projection", "differential", "dwc", "rising_lambda", "batch_norm")
+LADDER_FIELDS = (
+    "kernel",
+    "projection",
+    "differential",
+    "dwc",
+    "rising_lambda",
+    "batch_norm",
+    "router_rule",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Baseline(Config):
     dwc: bool = True  # ladder: the re-parameterised convolution (Eq. 9)
     rising_lambda: bool = False  # ladder: lambda starts at 0.2 to 0.8 (by block), not at 0.01
     batch_norm: bool = False  # ladder: a batch norm in each branch of the convolution, as in ACNet
+    router_rule: str = "ratio"  # ladder: how routers learn, ratio (dydilit.py), score or dense
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,6 +104,11 @@ class Baseline(Config):
             raise ValueError(
                 "batch_norm needs dwc, and rising_lambda a differential: it would change nothing"
             )
+        if self.router_rule != "ratio":
+            if not self.router_grad:
+                raise ValueError(f"router_rule {self.router_rule!r} needs router_grad")
+            if self.differential == "map":
+                raise ValueError("differential 'map' has router_rule 'ratio' only")
         for name in LADDER_FIELDS:
             if self.attention != "ladder" and getattr(self, name) != getattr(Baseline, name):
                 raise ValueError(f"{name} is for attention 'ladder', not for {self.attention!r}")
@@ -566,6 +581,7 @@ class Ladder(nn.Module):
         self.differential = config.differential
         self.normalize = config.normalize
         self.router_grad = config.router_grad
+        self.rule = config.router_rule
         self.routed = config.projection == "dynamic"
         self.primes = config.differential != "none"  # are there Q' and K'?
         self.lambda_start = 0.01
@@ -603,12 +619,12 @@ class Ladder(nn.Module):
         """The kernel of z (B, N, D), which is Q, K, Q' or K' for which = 0, 1, 2, 3."""
         if self.kernel == "dynamic":
             router = self.kernel_routers[which]
-            return dydilit.measure(z, self.gamma, router, self.router_grad)
+            return routing.measure(z, self.gamma, router, self.rule, self.router_grad)
         return power_kernel(z, 3.0) if self.kernel == "focused" else at_least_float32(z).relu()
 
     def attend(self, q, k, v, *primes):
         """Eq. 4, Eq. 8 or Eq. 10 of q, k, v and, with a difference, q' and k'; all (B, N, D)."""
-        if self.differential == "token" and self.kernel == "dynamic":
+        if (self.differential, self.kernel, self.rule) == ("token", "dynamic", "ratio"):
             return self.fused_attend(q, k, v, *primes)
         with torch.autocast(q.device.type, enabled=False):
             q, k, *primes = (self.phi(z, which) for which, z in enumerate((q, k, *primes)))
@@ -640,21 +656,23 @@ class Ladder(nn.Module):
     def token_difference(self, q, k, q_prime, k_prime):
         """Eqs. 7 and 8 of tokens after the kernel."""
         q_router, k_router = self.difference_routers
-        q = dydilit.difference(q, q_prime, self.lam, q_router, self.router_grad)
-        k = dydilit.difference(k, k_prime, self.lam, k_router, self.router_grad)
+        how = self.rule, self.router_grad
+        q = routing.difference(q, q_prime, self.lam, q_router, *how)
+        k = routing.difference(k, k_prime, self.lam, k_router, *how)
         return q, k
 
     def map_factor(self, q, q_prime):
         """Lambda (B, N, 1) of every query in Eq. 10, chosen as in Eq. 7."""
         both = torch.cat([q, q_prime], dim=-1)
-        index, gate = dydilit.route(both, self.difference_routers[0], self.router_grad)
-        return at_least_float32(self.lam)[index].unsqueeze(-1) * gate
+        router = self.difference_routers[0]
+        return routing.chosen(self.lam, both, router, self.rule, self.router_grad)
 
     def routed_pair(self, x):
         """Eqs. 1 and 2: the routed projections of x for Q and for K."""
         q_router, k_router = self.q_projector_router, self.k_projector_router
-        q = dydilit.routed_projection(x, self.q_projectors, q_router, self.router_grad)
-        k = dydilit.routed_projection(x, self.k_projectors, k_router, self.router_grad)
+        how = self.rule, self.router_grad
+        q = routing.routed_projection(x, self.q_projectors, q_router, *how)
+        k = routing.routed_projection(x, self.k_projectors, k_router, *how)
         return q, k
 
     def forward(self, x, grid):
@@ -737,6 +755,7 @@ CHOICES = {
     "kernel": ("relu", "focused", "dynamic"),
     "projection": ("shared", "dynamic"),
     "differential": ("none", "token", "map"),
+    "router_rule": routing.RULES,
 }
 
 
@@ -838,6 +857,8 @@ def attention_cost(config, kind, side):
     dig_scan = N * D * (D // c.heads)  # k^T v and q S
     maps = 1 + (c.differential == "map")
     primes = 2 * D * (c.differential != "none")  # Q' and K'
+    if c.router_rule == "dense" and c.projection == "dynamic":
+        primes += 2 * D * (c.n_projectors - 1)  # a token goes through every projector
     # fmt: off
     inside, left_out = {
         Softmax:      (softmax, 0),

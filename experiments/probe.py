@@ -6,12 +6,12 @@
     seen[0]["attention"]                  # and a list of (matrix (B, heads, N, M), values)
 
 Takes any model of dydilit.py and baselines.py. experiments/train.py logs `usage_at_evaluation`;
-ablate.py and figures.py use the rest. Imports dydilit.py and baselines.py only.
+ablate.py and figures.py use the rest. Imports dydilit.py, baselines.py and routing.py only.
 
 How: while `watched` is active, the functions that route and attend are replaced by functions that
 do the same and note what passes. The attentions find them as globals of their modules (dydilit,
-baselines), so the model's own forward pass, on the Python path, is what is watched; no equation is
-written a second time here.
+baselines, routing), so the model's own forward pass, on the Python path, is what is watched; no
+equation is written a second time here.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch
 
 import dydilit
 from dydilit import Diffusion
-from experiments import baselines
+from experiments import baselines, routing
 from experiments.baselines import GatedHeads, GatedLinear, MoH, scan_order
 
 KERNELS = ("q_kernel", "k_kernel", "q_prime_kernel", "k_prime_kernel")
@@ -89,7 +89,11 @@ def watched(model, matrices=False):
         names = [*routers(block.attn), *(["heads"] if isinstance(block.attn, MoH) else [])]
         seen.append({"routes": {name: [] for name in names}, "attention": []})
         hooks.append(block.attn.register_forward_hook(note_into(seen[-1])))
-    functions = {(dydilit, "route"): calls.route, (dydilit, "FUSED_DEVICES"): ()}
+    functions = {
+        (dydilit, "route"): calls.route,
+        (routing, "choose"): calls.choose,
+        (dydilit, "FUSED_DEVICES"): (),
+    }
     if matrices:
         functions |= {
             (dydilit, "linear_attention"): calls.linear_attention,
@@ -117,6 +121,7 @@ class Calls:
         self.parts = []  # (matrix, values) of each attention function
         self.originals = {
             "route": dydilit.route,
+            "choose": routing.choose,
             "linear_attention": dydilit.linear_attention,
             "block_attention": baselines.block_attention,
             "gated_scan": baselines.gated_scan,
@@ -131,6 +136,11 @@ class Calls:
         index, gate = self.originals["route"](z, router, router_grad)
         self.indices.append(index)
         return index, gate
+
+    def choose(self, z, router):
+        index, p = self.originals["choose"](z, router)
+        self.indices.append(index)
+        return index, p
 
     def linear_attention(self, q, k, v, *args, **options):
         original = self.originals["linear_attention"]

@@ -399,6 +399,9 @@ def test_every_model_is_trained_as_its_name_says():
     assert configs["no-normalize"] == replace(digits, normalize=False)
     assert configs["no-router-grad"] == replace(digits, router_grad=False)
     assert configs["batch-norm"] == replace(variant("ladder-5-dwc", digits), batch_norm=True)
+    last = variant("ladder-5-dwc", digits)
+    for rule in ("score", "dense"):
+        assert configs[f"router-{rule}"] == replace(last, router_rule=rule)
     assert configs["Sana-1.5"] == replace(configs["Sana"], qk_norm=True)
     assert {*ablate.DEFAULT} <= configs.keys() and {*figures.RUNGS} <= {*ablate.DEFAULT}
 

@@ -43,6 +43,29 @@ def test_multiply_adds_are_what_torch_counts(
     assert counted + (0 if name == "DiG" else left_out) == counted_by_torch(config)
 
 
+SWITCHES = [
+    ("Sana", {"qk_norm": True}),
+    ("ladder-5-dwc", {"router_rule": "score"}),
+    ("ladder-5-dwc", {"router_rule": "dense"}),
+    ("ladder-3-projection", {"router_rule": "dense"}),
+    ("ladder-2-measure", {"router_rule": "dense"}),
+]
+
+
+@pytest.mark.parametrize(("name", "switch"), SWITCHES)
+def test_multiply_adds_of_a_switch_are_what_torch_counts(name, switch):
+    config = replace(variant(name, TINY), n_projectors=3, depth=2, **switch)
+    assert sum(multiply_adds(config)) == counted_by_torch(config)
+
+
+def test_the_dense_rule_puts_a_token_through_every_projector():
+    config = variant("ladder-5-dwc", TINY)
+    counted, left_out = multiply_adds(config)
+    dense = multiply_adds(replace(config, router_rule="dense"))
+    tokens, D, more = 16 * config.depth, config.hidden_size, config.n_projectors - 1
+    assert dense == (counted, left_out + 2 * more * tokens * D**2)
+
+
 @pytest.mark.parametrize("name", [*VARIANTS, "DyDi-LiT"])
 def test_left_out_are_routers_gates_and_the_scan(name):
     _, left_out = multiply_adds(TINY if name == "DyDi-LiT" else variant(name, TINY))

@@ -142,6 +142,19 @@ def test_the_matrix_of_a_block_of_moh_without_routing_has_its_gates():
     assert_close("o", (matrix @ values).transpose(1, 2).flatten(2), want, atol=1e-10)
 
 
+@pytest.mark.parametrize("rule", ["score", "dense"])
+@torch.no_grad()
+def test_routes_of_every_rule_are_seen(rule):
+    model = model_of("ladder-5-dwc", router_rule=rule)
+    x = torch.randn(2, 12, 24, dtype=torch.float64)
+    with watched(model) as seen:
+        model.blocks[0].attn(x, (3, 4))
+    got = {key: index for key, (index,) in seen[0]["routes"].items()}
+    assert list(got) == NAMES
+    logits = x @ model.blocks[0].attn.q_projector_router
+    assert torch.equal(got["q_projector"], logits.argmax(-1))
+
+
 @pytest.mark.parametrize("name", ["DiT", "PixArt"])
 @torch.no_grad()
 def test_the_rows_of_a_softmax_are_probabilities(name):
