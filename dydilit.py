@@ -552,10 +552,19 @@ def generator(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Gene
 
 def respace(T: int, steps: int) -> list[int]:
     """`steps` of the timesteps 0 .. T - 1, evenly spaced, both ends kept: respace(1000, 250) is
-    [0, 4, 8, ..., 995, 999]. ValueError unless 2 <= steps <= T."""
+    [0, 4, 8, ..., 995, 999]. ValueError unless 2 <= steps <= T.
+
+    DiT adds up the stride in floating point, which decides where a tie such as 499.5 goes; so its
+    timesteps are taken only by adding as well.
+    """
     if not 2 <= steps <= T:
         raise ValueError(f"the number of sampling steps must be between 2 and {T}, got {steps}")
-    return [round(i * (T - 1) / (steps - 1)) for i in range(steps)]
+    stride = (T - 1) / (steps - 1)
+    position, kept = 0.0, []
+    for _ in range(steps):
+        kept.append(round(position))
+        position += stride
+    return kept
 
 def with_guidance(model: Callable, scale: float, channels: int) -> Callable:
     """Classifier-free guidance (Ho & Salimans 2022) of the noise in the first `channels` channels;

@@ -3,13 +3,14 @@
     torchrun -m experiments.train --preset DiT-digits    a variant, a hyphen, a preset of dydilit.py
     torchrun -m experiments.train --preset ladder-2-measure-S/2 --data data/NAME --out out/NAME
 
-For readers who want to know what was compared. Imports dydilit.py only.
+For readers who want to know what was compared. Imports dydilit.py, dig.py, mhla.py and routing.py.
 
 Every variant keeps the skeleton of dydilit.py and changes three things: the attention, the
 feed-forward and the number of blocks. An attention maps tokens (B, N, D) and their grid (H, W) to
 (B, N, D), as DyDiLA does. The attentions without softmax compute in float32, and all of them but
-DiG's divide by DyDiLA's guarded denominator. In the formulas below i and j number tokens, h numbers
-heads, and d = D / heads. README.md says what was read of each model and what is a choice of ours.
+DiG's and MHLA's divide by DyDiLA's guarded denominator. In the formulas below i and j number
+tokens, h numbers heads, and d = D / heads. README.md says what was read of each model and what is a
+choice of ours.
 """
 
 import math
@@ -33,25 +34,38 @@ from dydilit import (
     to_image,
     to_tokens,
 )
+from experiments import routing
+from experiments.dig import gated_scan, scan_order
+from experiments.mhla import block_attention, blocks_per_side, first_mixture
 
-LADDER_FIELDS = ("kernel", "projection", "differential", "dwc", "rising_lambda", "batch_norm")
+LADDER_FIELDS = (
+    "kernel",
+    "projection",
+    "differential",
+    "dwc",
+    "rising_lambda",
+    "batch_norm",
+    "router_rule",
+)
 
 
 @dataclass(frozen=True)
 class Baseline(Config):
     """A Config that names its attention and feed-forward. A comment is its field's help line."""
 
-    attention: str = "softmax"  # softmax|kv-compressed|moh|relu|focused|lit|edit|gated|ladder
-    feed_forward: str = "mlp"  # mlp (DiT), glumbconv (Sana) or swiglu (DiG)
+    attention: str = "softmax"  # softmax|kv-compressed|moh|relu|focused|lit|mhla|edit|gated|ladder
+    feed_forward: str = "mlp"  # mlp (DiT), glumbconv (DyDi-LiT), sana (its start) or swiglu (DiG)
     heads: int = 1  # attention heads; edit and ladder have one
-    shared_heads: int = 0  # moh: heads that every token uses
-    routed_heads: int = 1  # moh: how many of the other heads each token uses
+    shared_heads: int = 0  # moh: heads that every token uses, in the first two thirds of the blocks
+    routed_heads: int = 1  # moh: how many of the other heads each token uses there
+    qk_norm: bool = False  # relu: an RMSNorm of q and of k before the kernel, as in Sana-1.5
     kernel: str = "dynamic"  # ladder: relu, focused (Eq. 5, gamma 3) or dynamic (Eq. 6)
     projection: str = "dynamic"  # ladder: shared or dynamic (Eq. 2)
     differential: str = "token"  # ladder: none, token (Eq. 8) or map (Eq. 10)
     dwc: bool = True  # ladder: the re-parameterised convolution (Eq. 9)
     rising_lambda: bool = False  # ladder: lambda starts at 0.2 to 0.8 (by block), not at 0.01
     batch_norm: bool = False  # ladder: a batch norm in each branch of the convolution, as in ACNet
+    router_rule: str = "ratio"  # ladder: how routers learn, ratio (dydilit.py), score or dense
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,6 +89,8 @@ class Baseline(Config):
                 f"routed_heads {self.routed_heads} must be between 1 and the {self.heads} heads "
                 f"less the {self.shared_heads} shared ones"
             )
+        if self.qk_norm and self.attention != "relu":
+            raise ValueError(f"qk_norm is for attention 'relu', not for {self.attention!r}")
 
     def check_ladder(self):
         """ValueError if fields of the ladder contradict each other or belong to no ladder."""
@@ -88,6 +104,11 @@ class Baseline(Config):
             raise ValueError(
                 "batch_norm needs dwc, and rising_lambda a differential: it would change nothing"
             )
+        if self.router_rule != "ratio":
+            if not self.router_grad:
+                raise ValueError(f"router_rule {self.router_rule!r} needs router_grad")
+            if self.differential == "map":
+                raise ValueError("differential 'map' has router_rule 'ratio' only")
         for name in LADDER_FIELDS:
             if self.attention != "ladder" and getattr(self, name) != getattr(Baseline, name):
                 raise ValueError(f"{name} is for attention 'ladder', not for {self.attention!r}")
@@ -197,7 +218,45 @@ class WithLoss(torch.autograd.Function):
         return dout, ctx.gradient, None
 
 
-class MoH(Softmax):
+def gate_softmax(layer, x):
+    """softmax(x W) of a layer without bias, in float32: the gates of MoH."""
+    return F.linear(at_least_float32(x), at_least_float32(layer.weight)).softmax(-1)
+
+
+class GatedHeads(Softmax):
+    """MoH where nothing is routed, the last third of its blocks: every head has a gate.
+
+        O_i = [g_i1 o_i1, g_i2 o_i2, ..] W_o + b_o      o as in DiT; g_i = S softmax(x_i W_1)
+
+    S is the number of heads; a single head has gate 1.
+    """
+
+    def __init__(self, config, i=0, shared=None):
+        super().__init__(config)
+        self.shared = self.heads if shared is None else shared
+        if self.shared > 1:
+            self.wg_1 = nn.Linear(config.hidden_size, self.shared, bias=False)
+
+    def shared_gates(self, x):
+        """x (B, N, D) -> the gates of the shared heads among each other (B, N, S), their mean 1."""
+        if self.shared > 1:
+            return self.shared * gate_softmax(self.wg_1, x)
+        return torch.ones_like(at_least_float32(x[..., :1]))
+
+    def gates(self, x):
+        """x (B, N, D) -> the gates (B, N, heads), and the balance term, which is None."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.shared_gates(x), None
+
+    def forward(self, x, grid):
+        gates, balance = self.gates(x)
+        if self.training and balance is not None:
+            gates = WithLoss.apply(gates, balance, self.weight)
+        heads = self.attend(x, grid)  # (B, heads, N, d)
+        return self.proj(join_heads(heads * gates.mT.unsqueeze(-1).to(heads.dtype)))
+
+
+class MoH(GatedHeads):
     """Mixture of heads (Jin et al., arXiv 2410.11842; its public code).
 
         O_i = [g_i1 o_i1, g_i2 o_i2, ..] W_o + b_o      o as in DiT; every token has its own gates g
@@ -209,34 +268,29 @@ class MoH(Softmax):
         a_i = softmax(x_i W_0), or 1/2 if there is no shared head
 
     A single routed head so has gate 1, and W learns from the balance term alone. All heads are
-    computed, as in MoH's training code: no time is saved.
+    computed, as in MoH's training code: no time is saved. attention_of routes in the first two
+    thirds of the blocks only, as MoH's S/2 with 90 % of the heads active does (8 of 12).
 
-    Balance term: 0.01 E^2 mean_e(mean_i p_ie * share of tokens that use e), mean over the blocks.
-    WithLoss adds its gradient, so the training loop, its logged loss and the held-out loss exclude
-    it. It is taken over the images of one forward pass: it depends on --micro-batch (and is added
-    once for each micro-batch) and on the number of processes.
+    Balance term: 0.01 E^2 mean_e(mean_i p_ie * share of tokens that use e), mean over the blocks
+    that route. WithLoss adds its gradient, so the training loop, its logged loss and the held-out
+    loss exclude it. It is taken over the images of one forward pass: it depends on --micro-batch
+    (and is added once for each micro-batch) and on the number of processes.
     """
 
     def __init__(self, config, i=0):
-        super().__init__(config)
+        super().__init__(config, i, config.shared_heads)
         D = config.hidden_size
-        self.shared = config.shared_heads
         self.routed = config.routed_heads
-        self.weight = 0.01 / config.depth
+        routing_blocks = sum(attention_of(config, b) is MoH for b in range(config.depth))
+        self.weight = 0.01 / routing_blocks
         self.wg = nn.Linear(D, self.heads - self.shared, bias=False)
         if self.shared:
             self.wg_0 = nn.Linear(D, 2, bias=False)
-        if self.shared > 1:
-            self.wg_1 = nn.Linear(D, self.shared, bias=False)
 
     def gates(self, x):
         """x (B, N, D) -> the gates (B, N, heads), shared heads first, and the balance term ()."""
-
-        def softmax(layer):
-            return F.linear(at_least_float32(x), at_least_float32(layer.weight)).softmax(-1)
-
         with torch.autocast(x.device.type, enabled=False):
-            p = softmax(self.wg)  # (B, N, E)
+            p = gate_softmax(self.wg, x)  # (B, N, E)
             best = p.topk(self.routed, dim=-1).indices  # (B, N, K)
             chosen = torch.zeros_like(p).scatter(-1, best, 1)  # (B, N, E), 0 or 1
             E = p.shape[-1]
@@ -244,20 +298,9 @@ class MoH(Softmax):
             routed = self.routed * p * chosen / (p * chosen).sum(-1, keepdim=True)
             if not self.shared:
                 return routed, balance
-            if self.shared > 1:
-                shared = self.shared * softmax(self.wg_1)  # (B, N, S)
-            else:
-                shared = torch.ones_like(p[..., :1])
-            groups = 2 * softmax(self.wg_0)  # (B, N, 2)
-            gates = torch.cat([groups[..., :1] * shared, groups[..., 1:] * routed], dim=-1)
-            return gates, balance
-
-    def forward(self, x, grid):
-        gates, balance = self.gates(x)
-        if self.training:
-            gates = WithLoss.apply(gates, balance, self.weight)
-        heads = self.attend(x, grid)  # (B, heads, N, d)
-        return self.proj(join_heads(heads * gates.mT.unsqueeze(-1).to(heads.dtype)))
+            groups = 2 * gate_softmax(self.wg_0, x)  # (B, N, 2)
+            shared = groups[..., :1] * self.shared_gates(x)
+            return torch.cat([shared, groups[..., 1:] * routed], dim=-1), balance
 
 
 class ReLULinear(nn.Module):
@@ -267,19 +310,28 @@ class ReLULinear(nn.Module):
         O_i = [o_i1, o_i2, ..] W_o + b_o
 
     Sana has heads of 32 channels. The paper's GFLOPs admit one head of width D only, and so does
-    the preset.
+    the preset. qk_norm: q and k pass an RMSNorm over all D channels first, as in Sana-1.5.
     """
+
+    qkv_bias = False
 
     def __init__(self, config, i=0):
         super().__init__()
+        D = config.hidden_size
         self.heads = config.heads
         self.normalize = config.normalize
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(D, 3 * D, bias=self.qkv_bias)
+        self.q_norm = nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(D, D)
 
     def phi(self, z):
-        """The kernel of q and k. z (B, N, D)."""
-        return at_least_float32(z).relu()
+        """The kernel of q and k. z (B, N, D), float32 or float64."""
+        return z.relu()
+
+    def attend(self, q, k, v, grid):
+        """The attention of every head. q, k after the kernel; all (B, heads, N, d)."""
+        return linear_attention(q, k, v, self.normalize)
 
     def local(self, v, grid):
         """What is added to the attention before the projection. v (B, N, D); here nothing."""
@@ -288,20 +340,24 @@ class ReLULinear(nn.Module):
     def forward(self, x, grid):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
-            features = self.phi(q), self.phi(k), at_least_float32(v)
+            q_features = self.phi(self.q_norm(at_least_float32(q)))
+            k_features = self.phi(self.k_norm(at_least_float32(k)))
+            features = q_features, k_features, at_least_float32(v)
             heads = [split_heads(z, self.heads) for z in features]
-            o = join_heads(linear_attention(*heads, self.normalize)).to(v.dtype)
+            o = join_heads(self.attend(*heads, grid)).to(v.dtype)
         return self.proj(o + self.local(v, grid))
 
 
 class LiT(ReLULinear):
-    """LiT (Wang et al., arXiv 2501.12976; its published description, its code was not read).
+    """LiT (Wang et al., arXiv 2501.12976; facts of a class that its first author published later).
 
         O = (o + conv(v)) W_o + b_o      o as in Sana; conv: depthwise 5 x 5, shared by the heads
 
-    The convolution is FLatten's. Two heads for S are the paper's, other numbers are ours. Nothing
-    is inherited from a trained DiT or distilled from a teacher.
+    q, k and v have biases. The convolution is FLatten's. Two heads for S are the paper's, other
+    numbers are ours. Nothing is inherited from a trained DiT or distilled from a teacher.
     """
+
+    qkv_bias = True
 
     def __init__(self, config, i=0):
         super().__init__(config)
@@ -319,12 +375,53 @@ class FLatten(LiT):
 
         phi(z) = z+^3 |z+| / |z+^3|, z+ = relu(z): Eq. 5 with gamma = 3, norms over all heads
 
-    Linear attention and convolution as in LiT. Two parts of its code are left out: learned
+    Linear attention, biases and convolution as in LiT. Two parts of its code are left out: learned
     positions, which tie a model to one resolution, and a learned scale for each channel.
     """
 
     def phi(self, z):
         return power_kernel(z, 3.0)
+
+
+class MHLA(ReLULinear):
+    """MHLA (Zhang et al., ICLR 2026; facts of its public code): every block of tokens reads its own
+    mixture of the key-value summaries of all blocks.
+
+        q, k, v = LayerNorm(x) W + b      phi(z) = relu(z) + 1e-6
+        O = (block_attention(phi(q), phi(k), v) + conv(v)) W_o + b_o      conv: depthwise 3 x 3
+
+    in every head; the mixture, one matrix for all heads, is learned and kept between 0 and 1. The
+    LayerNorm has weights and comes after adaLN's. Ours: the number of blocks at other grids than
+    16 x 16 and 14 x 14 (blocks_per_side), and no dropout behind W_o, where MHLA's code has 0.1.
+    """
+
+    qkv_bias = True
+
+    def __init__(self, config, i=0):
+        super().__init__(config)
+        D = config.hidden_size
+        side = config.input_size // config.patch_size
+        n = blocks_per_side(side)
+        self.width = side // n  # of a block, in tokens
+        self.norm = nn.LayerNorm(D)
+        self.conv = convolution(D, D, 3, padding=1, groups=D)
+        self.mixture = nn.Parameter(torch.empty(n**2, n**2))
+        initialize(self)
+
+    def phi(self, z):
+        return z.relu() + 1e-6
+
+    def attend(self, q, k, v, grid):
+        mixture = at_least_float32(self.mixture).clamp(0, 1)  # averaged weights may be just outside
+        return block_attention(q, k, v, mixture, grid, self.width, self.normalize)
+
+    def local(self, v, grid):
+        return to_tokens(self.conv(to_image(v, grid)))
+
+    def forward(self, x, grid):
+        if self.training:  # MHLA's code does so after each step of the optimiser
+            self.mixture.data.clamp_(0, 1)
+        return super().forward(self.norm(x), grid)
 
 
 class EDiT(nn.Module):
@@ -334,8 +431,9 @@ class EDiT(nn.Module):
         k = relu(conv(W_k x)),  v = conv(W_v x)      conv: depthwise 3 x 3, stride 2
 
     and Eq. 4 of them: every query sees its neighbours, and a quarter of the keys and values is
-    left. Ours: D / 2 channels inside the 3 x 3 and one head, as the paper's GFLOPs say (README.md);
-    16 groups if 16 divides D / 2; no biases in W_q, W_k, W_v. Nothing is distilled.
+    left. Two of three summaries print this query; in the third the norm follows the activation and
+    there is no W_q. Ours: D / 2 channels inside the 3 x 3 and one head, as the paper's GFLOPs say
+    (README.md); 16 groups if 16 divides D / 2; no biases in W_q, W_k, W_v. Nothing is distilled.
     """
 
     def __init__(self, config, i=0):
@@ -367,52 +465,6 @@ class EDiT(nn.Module):
                 tokens_first=2 * N * M <= (N + M) * D,  # the cheaper order for N queries, M keys
             )
         return self.proj(o.to(v.dtype))
-
-
-def gated_scan(q, k, v, log_a, chunk=8):
-    """Gated linear attention (Yang et al. 2024), a recurrence over the tokens:
-
-        S_t = diag(a_t) S_{t-1} + k_t^T v_t,   o_t = q_t S_t,   S_0 = 0
-
-    q, k, log_a (..., N, K), log_a <= 0; v (..., N, V); returns (..., N, V). Tokens are taken in
-    chunks: all pairs at once within a chunk, and a state S (K, V) from chunk to chunk. Every
-    exponent is <= 0, so no value overflows.
-    """
-    N = q.shape[-2]
-    padding = -N % chunk
-
-    def chunks(z):
-        """(..., N, K) -> (..., chunks, chunk, K); zeros fill the last chunk."""
-        return F.pad(z, (0, 0, 0, padding)).unflatten(-2, (-1, chunk))
-
-    q, k, v, log_a = chunks(q), chunks(k), chunks(v), chunks(log_a)
-    b = log_a.cumsum(-2)  # (..., chunk, K): the log of the decay since the chunk began
-
-    # Within a chunk: o_t = sum over s <= t of (q_t k_s exp(b_t - b_s)) v_s.
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1).unsqueeze(-1)
-    decay = (b.unsqueeze(-2) - b.unsqueeze(-3)).masked_fill(later, -math.inf).exp()
-    inside = (q.unsqueeze(-2) * k.unsqueeze(-3) * decay).sum(-1) @ v
-
-    # From chunk to chunk: S <- diag(exp(end)) S + sum over s of (k_s exp(end - b_s))^T v_s.
-    end = b[..., -1:, :]  # (..., 1, K): the log of the whole chunk's decay
-    added = (k * (end - b).exp()).mT @ v  # (..., K, V)
-    kept = end.exp().mT  # (..., K, 1)
-    states = [torch.zeros_like(added[..., 0, :, :])]  # S at the beginning of each chunk
-    for i in range(added.shape[-3] - 1):
-        states.append(kept[..., i, :, :] * states[-1] + added[..., i, :, :])
-    before = (q * b.exp()) @ torch.stack(states, -3)
-    return (inside + before).flatten(-3, -2)[..., :N, :]
-
-
-def scan_order(grid, i):
-    """Token numbers (N,) in the order in which block i scans them.
-
-    Blocks take turns: rows, rows backwards, columns, columns backwards. DiG reaches the same orders
-    by flipping the sequence after each block and transposing it after every second block.
-    """
-    order = torch.arange(math.prod(grid)).view(grid)
-    order = (order.mT if i % 4 >= 2 else order).flatten()
-    return order.flip(0) if i % 2 else order
 
 
 class GatedLinear(nn.Module):
@@ -529,6 +581,7 @@ class Ladder(nn.Module):
         self.differential = config.differential
         self.normalize = config.normalize
         self.router_grad = config.router_grad
+        self.rule = config.router_rule
         self.routed = config.projection == "dynamic"
         self.primes = config.differential != "none"  # are there Q' and K'?
         self.lambda_start = 0.01
@@ -566,12 +619,12 @@ class Ladder(nn.Module):
         """The kernel of z (B, N, D), which is Q, K, Q' or K' for which = 0, 1, 2, 3."""
         if self.kernel == "dynamic":
             router = self.kernel_routers[which]
-            return dydilit.measure(z, self.gamma, router, self.router_grad)
+            return routing.measure(z, self.gamma, router, self.rule, self.router_grad)
         return power_kernel(z, 3.0) if self.kernel == "focused" else at_least_float32(z).relu()
 
     def attend(self, q, k, v, *primes):
         """Eq. 4, Eq. 8 or Eq. 10 of q, k, v and, with a difference, q' and k'; all (B, N, D)."""
-        if self.differential == "token" and self.kernel == "dynamic":
+        if (self.differential, self.kernel, self.rule) == ("token", "dynamic", "ratio"):
             return self.fused_attend(q, k, v, *primes)
         with torch.autocast(q.device.type, enabled=False):
             q, k, *primes = (self.phi(z, which) for which, z in enumerate((q, k, *primes)))
@@ -603,21 +656,23 @@ class Ladder(nn.Module):
     def token_difference(self, q, k, q_prime, k_prime):
         """Eqs. 7 and 8 of tokens after the kernel."""
         q_router, k_router = self.difference_routers
-        q = dydilit.difference(q, q_prime, self.lam, q_router, self.router_grad)
-        k = dydilit.difference(k, k_prime, self.lam, k_router, self.router_grad)
+        how = self.rule, self.router_grad
+        q = routing.difference(q, q_prime, self.lam, q_router, *how)
+        k = routing.difference(k, k_prime, self.lam, k_router, *how)
         return q, k
 
     def map_factor(self, q, q_prime):
         """Lambda (B, N, 1) of every query in Eq. 10, chosen as in Eq. 7."""
         both = torch.cat([q, q_prime], dim=-1)
-        index, gate = dydilit.route(both, self.difference_routers[0], self.router_grad)
-        return at_least_float32(self.lam)[index].unsqueeze(-1) * gate
+        router = self.difference_routers[0]
+        return routing.chosen(self.lam, both, router, self.rule, self.router_grad)
 
     def routed_pair(self, x):
         """Eqs. 1 and 2: the routed projections of x for Q and for K."""
         q_router, k_router = self.q_projector_router, self.k_projector_router
-        q = dydilit.routed_projection(x, self.q_projectors, q_router, self.router_grad)
-        k = dydilit.routed_projection(x, self.k_projectors, k_router, self.router_grad)
+        how = self.rule, self.router_grad
+        q = routing.routed_projection(x, self.q_projectors, q_router, *how)
+        k = routing.routed_projection(x, self.k_projectors, k_router, *how)
         return q, k
 
     def forward(self, x, grid):
@@ -647,6 +702,15 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class SanaGLUMBConv(GLUMBConv):
+    """dydilit.py's GLUMBConv with the initial values of Sana's code, which `initialize` draws.
+
+    Sana leaves its two 1 x 1 convolutions at PyTorch's default: uniform, bound 1 / sqrt(fan_in),
+    the bias too. dydilit.py draws them by DiT's rule, and so does the ladder, whose rows then
+    differ in their attention alone.
+    """
+
+
 class SwiGLU(nn.Module):
     """DiG's: D to 2h, one half gates the other, back to D; h is 8/3 D, up to a multiple of 256."""
 
@@ -674,6 +738,7 @@ ATTENTIONS = {
     "relu": ReLULinear,
     "focused": FLatten,
     "lit": LiT,
+    "mhla": MHLA,
     "edit": EDiT,
     "gated": GatedLinear,
     "ladder": Ladder,
@@ -681,6 +746,7 @@ ATTENTIONS = {
 FEED_FORWARDS = {  # the class, and its multiply-adds for a token of width D
     "mlp": (MLP, lambda D: 8 * D**2),
     "glumbconv": (GLUMBConv, lambda D: 12 * D**2 + 72 * D),
+    "sana": (SanaGLUMBConv, lambda D: 12 * D**2 + 72 * D),
     "swiglu": (SwiGLU, lambda D: 3 * D * SwiGLU.width(D)),
 }
 CHOICES = {
@@ -689,13 +755,19 @@ CHOICES = {
     "kernel": ("relu", "focused", "dynamic"),
     "projection": ("shared", "dynamic"),
     "differential": ("none", "token", "map"),
+    "router_rule": routing.RULES,
 }
 
 
 def attention_of(config, i):
-    """The class of block i's attention. PixArt-Sigma compresses in the last half of the blocks."""
+    """The class of block i's attention.
+
+    PixArt-Sigma compresses in the last half of the blocks; MoH does not route in the last third.
+    """
     if config.attention == "kv-compressed" and 2 * i < config.depth - 1:
         return Softmax
+    if config.attention == "moh" and 3 * i >= 2 * config.depth:
+        return GatedHeads
     return ATTENTIONS[config.attention]
 
 
@@ -708,13 +780,25 @@ def initialize(model):
         elif isinstance(module, KVCompressed):  # the mean of a patch
             nn.init.constant_(module.sr.weight, 1 / module.sr.weight[0].numel())
             nn.init.zeros_(module.sr.bias)
+        elif isinstance(module, SanaGLUMBConv):
+            module.inverted_conv.reset_parameters()
+            module.point_conv.reset_parameters()
+        elif isinstance(module, MHLA):
+            n = math.isqrt(len(module.mixture))
+            module.mixture.copy_(first_mixture(n, n))
+            identity_(module.conv)
         elif isinstance(module, GatedLinear):  # small, as in DiG's code
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
                     nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
-        elif isinstance(module, DiGBlock):  # the identity
-            nn.init.dirac_(module.dw_conv.weight, groups=len(module.dw_conv.weight))
-            nn.init.zeros_(module.dw_conv.bias)
+        elif isinstance(module, DiGBlock):
+            identity_(module.dw_conv)
+
+
+def identity_(depthwise):
+    """A depthwise convolution starts as the identity, in DiG's and in MHLA's code."""
+    nn.init.dirac_(depthwise.weight, groups=len(depthwise.weight))
+    nn.init.zeros_(depthwise.bias)
 
 
 def initialize_ladder(attn):
@@ -763,18 +847,28 @@ def attention_cost(config, kind, side):
     edit = edit_convolutions + min(2 * N * m, (N + m) * D) * D + denominator
 
     gates = c.heads + 2 * (c.shared_heads > 0) - (c.shared_heads == 1)  # columns of W, W_0, W_1
+    all_gates = c.heads * (c.heads > 1)
+
+    M = blocks_per_side(side) ** 2  # MHLA's blocks
+    summaries = (2 * N + M**2) * D * (D // c.heads)  # made, mixed, read
+    mhla = summaries + 9 * N * D + (denominator + M * N * c.heads * c.normalize)
+
     dig_parts = 24 * N * D + 9 * N * D  # the rank-16 decay, and the convolution of DiG's block
     dig_scan = N * D * (D // c.heads)  # k^T v and q S
     maps = 1 + (c.differential == "map")
     primes = 2 * D * (c.differential != "none")  # Q' and K'
+    if c.router_rule == "dense" and c.projection == "dynamic":
+        primes += 2 * D * (c.n_projectors - 1)  # a token goes through every projector
     # fmt: off
     inside, left_out = {
         Softmax:      (softmax, 0),
         KVCompressed: (compressed, 0),
+        GatedHeads:   (softmax, N * D * all_gates),
         MoH:          (softmax, N * D * gates),
         ReLULinear:   (linear, 0),
         LiT:          (linear + 25 * N * D, 0),
         FLatten:      (linear + 25 * N * D, 0),
+        MHLA:         (mhla, 0),
         EDiT:         (edit, 0),
         GatedLinear:  (dig_parts, dig_scan),
         Ladder:       (maps * linear + 9 * N * D * c.dwc, N * D * (primes + ladder_routers(c))),
@@ -818,9 +912,10 @@ MODELS = {
     "DiT":     ("softmax", "mlp", 64),
     "PixArt":  ("kv-compressed", "mlp", 64),
     "MoH":     ("moh", "mlp", 64),
-    "Sana":    ("relu", "glumbconv", 0),
+    "Sana":    ("relu", "sana", 0),
     "FLatten": ("focused", "mlp", 64),  # a classifier's attention, here in a DiT
     "LiT":     ("lit", "mlp", 192),
+    "MHLA":    ("mhla", "mlp", 64),
     "EDiT":    ("edit", "mlp", 0),
     "DiG":     ("gated", "swiglu", 64),
 }
@@ -872,8 +967,8 @@ def variant(name, base):
         attention=attention,
         feed_forward=feed_forward,
         heads=heads,
-        shared_heads=heads // 2,  # with one or two heads MoH has nothing to route
-        routed_heads=max(1, heads // 4),
+        shared_heads=heads // 2,  # 3 + 2 of 6 for S, as published; of 1 or 2 heads all are used,
+        routed_heads=max(1, round(heads / 3)),  # so MoH routes nothing there
     )
     return nearest_depth(config, base)
 

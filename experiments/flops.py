@@ -28,8 +28,8 @@ PAPER_GFLOPS = {
     },
     # Table 5 is the only ablation with GFLOPs
     ("5", 256, "S/2"): {"map-wise": 6.45, "ladder-4-difference": 5.98},
-    # MoH and LiT are in Table 3, which has no such column; FLatten is in no table
-    (None, 256, "S/2"): {"MoH": None, "LiT": None, "FLatten": None},
+    # MoH and LiT are in Table 3, which has no such column; FLatten and MHLA are in no table
+    (None, 256, "S/2"): {"MoH": None, "LiT": None, "FLatten": None, "MHLA": None},
 }
 # fmt: on
 HEADER = """\

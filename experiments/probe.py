@@ -6,12 +6,12 @@
     seen[0]["attention"]                  # and a list of (matrix (B, heads, N, M), values)
 
 Takes any model of dydilit.py and baselines.py. experiments/train.py logs `usage_at_evaluation`;
-ablate.py and figures.py use the rest. Imports dydilit.py and baselines.py only.
+ablate.py and figures.py use the rest. Imports dydilit.py, baselines.py and routing.py only.
 
 How: while `watched` is active, the functions that route and attend are replaced by functions that
 do the same and note what passes. The attentions find them as globals of their modules (dydilit,
-baselines), so the model's own forward pass, on the Python path, is what is watched; no equation is
-written a second time here.
+baselines, routing), so the model's own forward pass, on the Python path, is what is watched; no
+equation is written a second time here.
 """
 
 import math
@@ -21,8 +21,8 @@ import torch
 
 import dydilit
 from dydilit import Diffusion
-from experiments import baselines
-from experiments.baselines import GatedLinear, MoH, scan_order
+from experiments import baselines, routing
+from experiments.baselines import GatedHeads, GatedLinear, MoH, scan_order
 
 KERNELS = ("q_kernel", "k_kernel", "q_prime_kernel", "k_prime_kernel")
 DIFFERENCES = ("q_difference", "k_difference")
@@ -89,11 +89,16 @@ def watched(model, matrices=False):
         names = [*routers(block.attn), *(["heads"] if isinstance(block.attn, MoH) else [])]
         seen.append({"routes": {name: [] for name in names}, "attention": []})
         hooks.append(block.attn.register_forward_hook(note_into(seen[-1])))
-    functions = {(dydilit, "route"): calls.route, (dydilit, "FUSED_DEVICES"): ()}
+    functions = {
+        (dydilit, "route"): calls.route,
+        (routing, "choose"): calls.choose,
+        (dydilit, "FUSED_DEVICES"): (),
+    }
     if matrices:
         functions |= {
             (dydilit, "linear_attention"): calls.linear_attention,
             (baselines, "linear_attention"): calls.linear_attention,
+            (baselines, "block_attention"): calls.block_attention,
             (baselines, "gated_scan"): calls.gated_scan,
             (baselines, "softmax_attention"): calls.softmax_attention,
         }
@@ -116,7 +121,9 @@ class Calls:
         self.parts = []  # (matrix, values) of each attention function
         self.originals = {
             "route": dydilit.route,
+            "choose": routing.choose,
             "linear_attention": dydilit.linear_attention,
+            "block_attention": baselines.block_attention,
             "gated_scan": baselines.gated_scan,
             "softmax_attention": baselines.softmax_attention,
         }
@@ -130,10 +137,20 @@ class Calls:
         self.indices.append(index)
         return index, gate
 
+    def choose(self, z, router):
+        index, p = self.originals["choose"](z, router)
+        self.indices.append(index)
+        return index, p
+
     def linear_attention(self, q, k, v, *args, **options):
         original = self.originals["linear_attention"]
         self.parts.append((original(q, k, identity(k), *args, **options), v))
         return original(q, k, v, *args, **options)
+
+    def block_attention(self, q, k, v, *args):
+        original = self.originals["block_attention"]
+        self.parts.append((original(q, k, identity(k), *args), v))
+        return original(q, k, v, *args)
 
     def gated_scan(self, q, k, v, log_a):
         original = self.originals["gated_scan"]
@@ -172,7 +189,7 @@ def routes_of(attn, x, indices):
 def matrix_of(attn, x, grid, parts, routes):
     """The matrix (B, heads, N, M) and the values (B, heads, M, d) of one forward pass on x."""
     a, v = parts[0]
-    if isinstance(attn, MoH):
+    if isinstance(attn, GatedHeads):
         a = a * attn.gates(x)[0].mT.unsqueeze(-1)
     elif isinstance(attn, GatedLinear):  # from the order of the scan to that of the image
         back = scan_order(grid, attn.i).argsort().to(a.device)

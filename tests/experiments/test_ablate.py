@@ -343,7 +343,7 @@ def test_killed_and_continued_it_gives_the_same_table(finished, digits, tmp_path
 # fmt: off
 WRONG = [
     (["--models", "DiT", "DyDiT"],
-     r"unknown model 'DyDiT'; known: DyDi-LiT, no-normalize, .*batch-norm, DiT, .*map-w"),
+     r"unknown model 'DyDiT'; known: DyDi-LiT, no-normalize, .*batch-norm, Sana-1.5, DiT, .*map-w"),
     (["--preset-size=S/3"], r"unknown preset '\S*S/3'; known: S/2, B/2, L/2, pixels32, photos, "),
     (["--seeds=0"], "--seeds, --jobs and --nproc must be at least 1"),
     (["--models", "DiT", "--lr=-1"], "Training.lr must be"),
@@ -399,6 +399,10 @@ def test_every_model_is_trained_as_its_name_says():
     assert configs["no-normalize"] == replace(digits, normalize=False)
     assert configs["no-router-grad"] == replace(digits, router_grad=False)
     assert configs["batch-norm"] == replace(variant("ladder-5-dwc", digits), batch_norm=True)
+    last = variant("ladder-5-dwc", digits)
+    for rule in ("score", "dense"):
+        assert configs[f"router-{rule}"] == replace(last, router_rule=rule)
+    assert configs["Sana-1.5"] == replace(configs["Sana"], qk_norm=True)
     assert {*ablate.DEFAULT} <= configs.keys() and {*figures.RUNGS} <= {*ablate.DEFAULT}
 
 

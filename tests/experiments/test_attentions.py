@@ -33,7 +33,15 @@ from util import (
 
 import dydilit
 from experiments import baselines
-from experiments.baselines import Baseline, KVCompressed, attention_of, variant
+from experiments.baselines import (
+    Baseline,
+    GatedHeads,
+    KVCompressed,
+    MoH,
+    attention_of,
+    preset,
+    variant,
+)
 
 pytestmark = pytest.mark.usefixtures("reference_path")
 
@@ -120,6 +128,7 @@ MOH = pytest.mark.parametrize(
 
 
 def moh(heads, shared, routed):
+    """Of the first block, which routes."""
     return attention("moh", heads=heads, shared_heads=shared, routed_heads=routed)
 
 
@@ -156,6 +165,37 @@ def test_mohs_output_is_gated_heads(heads, shared, routed):
     assert_close("O", attn(x, GRID), np.stack(want), atol=1e-10)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 6])
+def test_a_block_of_moh_without_routing_gates_every_head(heads):
+    attn, x = randomized(GatedHeads(Baseline(hidden_size=12, heads=heads))), normal(2, 15, 12)
+    s = arrays(attn)
+    assert {key for key in s if key.startswith("wg")} == ({"wg_1.weight"} if heads > 1 else set())
+    want = []
+    for tokens in x.numpy():
+        q, k, v = (heads_of(z, heads) for z in projected(tokens, s))
+        parts = [softmax_attend(q[h], k[h], v[h]) for h in range(heads)]
+        if heads > 1:
+            gates = heads * np.stack([softmax(s["wg_1.weight"] @ token) for token in tokens])
+            parts = [gates[:, [h]] * part for h, part in enumerate(parts)]
+        want.append(linear(np.concatenate(parts, axis=1), s, "proj"))
+    assert_close("O", attn(x, GRID), np.stack(want), atol=1e-10)
+    assert attn.gates(x)[1] is None, "no balance term"
+
+
+MOH_SIZES = [("S/2", 6, 3, 2, 64), ("B/2", 8, 4, 3, 88), ("L/2", 12, 6, 4, 128)]
+
+
+@pytest.mark.parametrize(("size", "heads", "shared", "routed", "active"), MOH_SIZES)
+def test_moh_is_the_published_one_with_90_percent_active(size, heads, shared, routed, active):
+    """Its S/2: 3 + 2 of 6 heads in blocks 0 to 7, all 6 in blocks 8 to 11; ours: B and L."""
+    config = preset(f"MoH-{size}")
+    assert (config.heads, config.shared_heads, config.routed_heads) == (heads, shared, routed)
+    kinds = [attention_of(config, i) for i in range(config.depth)]
+    assert kinds == [MoH] * 8 + [GatedHeads] * 4
+    used = sum(shared + routed if kind is MoH else heads for kind in kinds)
+    assert used == active and 0.88 < used / (12 * heads) < 0.92
+
+
 def test_moh_with_all_heads_routed_and_equal_gates_is_plain_heads():
     routed = attention("moh", heads=4, routed_heads=4)
     plain = attention("softmax", heads=4)
@@ -166,7 +206,7 @@ def test_moh_with_all_heads_routed_and_equal_gates_is_plain_heads():
 
 
 def test_mohs_balance_is_in_the_gradient_and_not_in_the_value():
-    attn = attention("moh", heads=4, shared_heads=2, depth=3)
+    attn = attention("moh", heads=4, shared_heads=2, depth=3)  # two of three blocks route
     x, cotangent = normal(2, 15, 12).requires_grad_(), normal(2, 15, 12, seed=1)
     leaves = [x, *attn.parameters()]
     loss = (attn(x, GRID) * cotangent).sum()  # in training: the module adds its gradient
@@ -174,7 +214,7 @@ def test_mohs_balance_is_in_the_gradient_and_not_in_the_value():
     attn.eval()
     plain = (attn(x, GRID) * cotangent).sum()
     assert torch.equal(plain, loss)
-    want = torch.autograd.grad(plain + 0.01 / 3 * attn.gates(x)[1], leaves)
+    want = torch.autograd.grad(plain + 0.01 / 2 * attn.gates(x)[1], leaves)
     for name, a, b in zip(["x", *dict(attn.named_parameters())], got, want):
         assert_close(name, a, b, atol=1e-12)
     without = torch.autograd.grad((attn(x, GRID) * cotangent).sum(), leaves)
@@ -208,6 +248,47 @@ def test_relu_linear_is_a_loop(heads, normalize):
 @pytest.mark.parametrize("grid", [(3, 5), (6, 2), (1, 1)])
 def test_lit_is_a_loop(grid):
     compare("lit", attention("lit"), linear_loop, grid, phi=relu, conv=True)
+
+
+@pytest.mark.parametrize("name", ["lit", "focused"])
+def test_lit_and_flatten_have_biases_on_q_k_v(name):
+    attn = attention(name)
+    assert attn.qkv.bias.shape == (36,) and attention("relu").qkv.bias is None
+
+
+def rms(tokens, weight):
+    return tokens / np.sqrt((tokens**2).mean(1, keepdims=True) + 1e-5) * weight
+
+
+def test_qk_norm_is_sana_1_5():
+    """An RMSNorm of q and of k over all heads, before the kernel."""
+
+    def loop(x, grid, s):
+        q, k, v = projected(x, s)
+        q, k = relu(rms(q, s["q_norm.weight"])), relu(rms(k, s["k_norm.weight"]))
+        parts = zip(heads_of(q, 2), heads_of(k, 2), heads_of(v, 2))
+        return linear(np.concatenate([attend(*z, True, 1e-6) for z in parts], axis=1), s, "proj")
+
+    compare("qk_norm", attention("relu", qk_norm=True), loop)
+    fresh = baselines.ReLULinear(Baseline(hidden_size=12, attention="relu", qk_norm=True))
+    assert (fresh.q_norm.weight == 1).all() and (fresh.k_norm.weight == 1).all()
+
+
+def test_sanas_feed_forward_starts_as_sanas():
+    """Sana's 1 x 1 convolutions keep PyTorch's default, uniform up to 1 / sqrt(inputs)."""
+    D = 96
+    sana, ladder = (
+        replace(variant(name, replace(TINY, hidden_size=D)), depth=1).build().blocks[0].mlp
+        for name in ("Sana", "ladder-0-sana")
+    )
+    for layer, inputs in ((sana.inverted_conv, D), (sana.point_conv, 4 * D)):
+        for p in layer.parameters():
+            assert p.abs().max() <= inputs**-0.5
+            assert p.std().item() == pytest.approx((3 * inputs) ** -0.5, rel=0.1)
+    assert not ladder.inverted_conv.bias.any()
+    x = torch.randn(2, 16, D)
+    sana.load_state_dict(ladder.state_dict())
+    assert torch.equal(sana(x, (4, 4)), ladder(x, (4, 4))), "the function is the same"
 
 
 def cube(z):

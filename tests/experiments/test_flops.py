@@ -43,10 +43,33 @@ def test_multiply_adds_are_what_torch_counts(
     assert counted + (0 if name == "DiG" else left_out) == counted_by_torch(config)
 
 
+SWITCHES = [
+    ("Sana", {"qk_norm": True}),
+    ("ladder-5-dwc", {"router_rule": "score"}),
+    ("ladder-5-dwc", {"router_rule": "dense"}),
+    ("ladder-3-projection", {"router_rule": "dense"}),
+    ("ladder-2-measure", {"router_rule": "dense"}),
+]
+
+
+@pytest.mark.parametrize(("name", "switch"), SWITCHES)
+def test_multiply_adds_of_a_switch_are_what_torch_counts(name, switch):
+    config = replace(variant(name, TINY), n_projectors=3, depth=2, **switch)
+    assert sum(multiply_adds(config)) == counted_by_torch(config)
+
+
+def test_the_dense_rule_puts_a_token_through_every_projector():
+    config = variant("ladder-5-dwc", TINY)
+    counted, left_out = multiply_adds(config)
+    dense = multiply_adds(replace(config, router_rule="dense"))
+    tokens, D, more = 16 * config.depth, config.hidden_size, config.n_projectors - 1
+    assert dense == (counted, left_out + 2 * more * tokens * D**2)
+
+
 @pytest.mark.parametrize("name", [*VARIANTS, "DyDi-LiT"])
 def test_left_out_are_routers_gates_and_the_scan(name):
     _, left_out = multiply_adds(TINY if name == "DyDi-LiT" else variant(name, TINY))
-    without = ("DiT", "PixArt", "Sana", "FLatten", "LiT", "EDiT", *list(LADDER)[:2])
+    without = ("DiT", "PixArt", "Sana", "FLatten", "LiT", "MHLA", "EDiT", *list(LADDER)[:2])
     assert (left_out > 0) == (name not in without)
 
 
@@ -97,7 +120,7 @@ def test_the_table_has_every_model_beside_the_paper(monkeypatch, capsys):
     costs.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-    assert len(rows) == 29 and all(len(row) == 8 for row in rows)
+    assert len(rows) == 30 and all(len(row) == 8 for row in rows)
     dydilit = ["1", "DyDi-LiT, S/2, 256 px", "9", "5.98", "5.97", "-0.09%", "0.75", "6.72"]
     assert rows[5] == dydilit
-    assert rows[-3][1:4] == ["MoH, S/2, 256 px", "12", ""]
+    assert rows[-4][1:4] == ["MoH, S/2, 256 px", "12", ""]

@@ -26,7 +26,7 @@ from util import (
 )
 
 import sample_min
-from dydilit import Config, DyDiLiT, train
+from dydilit import Config, DyDiLiT, respace, train
 from experiments import pretrained, sample
 from experiments.baselines import Baseline, attention_of, variant
 from support.runs import prepare_resume
@@ -112,6 +112,17 @@ def test_dit_is_dit():
     size = dict(depth=2, heads=3, p=2, D=24)
     want = [dit_forward(s, x[b].numpy(), t[b].item(), y[b].item(), **size) for b in range(3)]
     assert_close("eps, v", model(x, t, y), np.stack(want), atol=1e-9, rtol=1e-9)
+
+
+def test_respaced_timesteps_are_dits():
+    """DiT: a stride (T - 1) / (steps - 1) in float64, added up; of a tie, the even number."""
+    for steps in range(2, 1001):
+        strides = np.full(steps, 999 / (steps - 1))
+        strides[0] = 0
+        want = np.rint(np.add.accumulate(strides)).astype(int)  # accumulate adds one after another
+        assert respace(1000, steps) == want.tolist(), steps
+        assert len(set(want)) == steps and want[-1] == 999
+    assert respace(1000, 21)[10] == 499, "999 / 2 by ten strides of 49.95"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,7 +224,7 @@ def digits(tmp_path_factory):
     return str(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
 
 
-@pytest.fixture(scope="module", params=["DiT", "DiG", "ladder-0-sana"])
+@pytest.fixture(scope="module", params=["DiT", "DiG", "MHLA", "MoH", "ladder-0-sana"])
 def trained(request, digits, tmp_path_factory):
     """A run of a compared model that has ended: (config, run, path of its checkpoint)."""
     config = variant(request.param, CONFIG)

@@ -13,7 +13,7 @@ from util import assert_close, choose, power
 import dydilit
 from dydilit import Config, Data, DyDiLA, train
 from experiments import baselines, pretrained, probe
-from experiments.baselines import MODELS, VARIANTS, GatedLinear, Ladder, LiT, variant
+from experiments.baselines import MODELS, VARIANTS, GatedLinear, Ladder, ReLULinear, variant
 from experiments.probe import entropies, routers, row_statistics, usage, usage_entropy, watched
 from support.runs import prepare_resume
 
@@ -48,7 +48,7 @@ def model_of(name, **changes):
     config = replace(config, depth=2, **changes)
     if name == "MoH":
         config = replace(config, heads=4, shared_heads=1, routed_heads=2)
-    if name in ("DiT", "PixArt", "LiT", "DiG", "FLatten"):
+    if name in ("DiT", "PixArt", "LiT", "MHLA", "DiG", "FLatten"):
         config = replace(config, heads=2)
     model = config.build().double()
     for key, p in model.named_parameters():
@@ -74,7 +74,7 @@ def before_projection(attn, x, grid):
         attn.dwc = None
     if isinstance(attn, DyDiLA):
         attn.dwc.forward = lambda v, grid: 0
-    if isinstance(attn, LiT):
+    if isinstance(attn, ReLULinear):
         attn.local = lambda v, grid: 0
     caught = []
     last = attn.o_proj if isinstance(attn, GatedLinear) else attn.proj
@@ -108,7 +108,11 @@ GRIDS = pytest.mark.parametrize("grid", [(2, 4), (6, 6)])  # fewer tokens than c
 @pytest.mark.parametrize("name", [*VARIANTS, "DyDi-LiT"])
 @torch.no_grad()
 def test_matrix_times_values_is_the_attention(name, normalize, grid, block):
-    model = model_of(name, normalize=normalize)
+    changes = {}
+    if name == "MHLA":  # it has the grid of its config, which is square
+        grid = (max(grid),) * 2
+        changes = {"input_size": 2 * max(grid)}
+    model = model_of(name, normalize=normalize, **changes)
     attn = model.blocks[block].attn
     x = torch.randn(3, math.prod(grid), 24, dtype=torch.float64)
     want = before_projection(attn, x, grid)
@@ -123,6 +127,32 @@ def test_matrix_times_values_is_the_attention(name, normalize, grid, block):
         gate = 1
     o = heads.transpose(1, 2).flatten(2) * gate
     assert_close(f"{name} {grid}", o, want, atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_the_matrix_of_a_block_of_moh_without_routing_has_its_gates():
+    model = model_of("MoH")
+    model = replace(model.config, depth=3).build().double()
+    attn, x = model.blocks[2].attn, torch.randn(3, 8, 24, dtype=torch.float64)
+    want = before_projection(attn, x, (2, 4))
+    with watched(model, matrices=True) as seen:
+        attn(x, (2, 4))
+    assert "heads" in seen[0]["routes"] and seen[2]["routes"] == {}
+    matrix, values = seen[2]["attention"][0]
+    assert_close("o", (matrix @ values).transpose(1, 2).flatten(2), want, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", ["score", "dense"])
+@torch.no_grad()
+def test_routes_of_every_rule_are_seen(rule):
+    model = model_of("ladder-5-dwc", router_rule=rule)
+    x = torch.randn(2, 12, 24, dtype=torch.float64)
+    with watched(model) as seen:
+        model.blocks[0].attn(x, (3, 4))
+    got = {key: index for key, (index,) in seen[0]["routes"].items()}
+    assert list(got) == NAMES
+    logits = x @ model.blocks[0].attn.q_projector_router
+    assert torch.equal(got["q_projector"], logits.argmax(-1))
 
 
 @pytest.mark.parametrize("name", ["DiT", "PixArt"])

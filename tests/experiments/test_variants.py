@@ -1,5 +1,6 @@
 """Every compared model as a whole: gradients, training, sampling; its name, size and fields."""
 
+import math
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -34,6 +35,7 @@ def kinds():
     """A case (attention, its fields) for every attention and every row of the ladder."""
     table = [(kind, {}) for kind in ATTENTIONS if kind not in ("ladder", "edit")]
     table.append(("edit", {"heads": 1}))
+    table.append(("relu", {"qk_norm": True}))
     for name in LADDER:
         if name != "rising-lambda":  # it differs in its initial values only
             table.append(("ladder", dict(zip(LADDER_FIELDS, LADDER[name]))))
@@ -49,13 +51,14 @@ def test_gradcheck(kind, changes):
     """x and every parameter. Routers are frozen, since their gradient is no derivative; MoH's
     balance term is off."""
     size = {"hidden_size": 4, "heads": 1} if kind == "ladder" else {"hidden_size": 8, "heads": 2}
-    attn = attention(kind, 1, seed=5, router_grad=False, **size | changes).eval()
+    attn = attention(kind, 1, seed=5, input_size=4, router_grad=False, **size | changes).eval()
     names = [name for name, p in attn.named_parameters() if p.requires_grad]
+    grid = (2, 2) if kind == "mhla" else (2, 3)  # MHLA has the grid of its config
 
     def run(x, *weights):
-        return torch.func.functional_call(attn, dict(zip(names, weights)), (x, (2, 3)))
+        return torch.func.functional_call(attn, dict(zip(names, weights)), (x, grid))
 
-    x = normal(1, 6, size["hidden_size"]).requires_grad_()
+    x = normal(1, math.prod(grid), size["hidden_size"]).requires_grad_()
     assert gradcheck(run, (x, *(p for p in attn.parameters() if p.requires_grad)))
 
 
@@ -110,7 +113,7 @@ def test_every_variant_keeps_images_apart(name):
         assert_close(f"image {i}", model(x[one], t[one], y[one]), together[one], atol=1e-8)
 
 
-LINEAR = ["Sana", "FLatten", "LiT", "EDiT", "DiG", "ladder-1-focused", "map-wise"]
+LINEAR = ["Sana", "FLatten", "LiT", "MHLA", "EDiT", "DiG", "ladder-1-focused", "map-wise"]
 
 
 @pytest.mark.parametrize("name", ["MoH", *LINEAR])
@@ -129,7 +132,7 @@ def test_bfloat16_autocast_leaves_linear_attention_in_float32(name, monkeypatch)
 
         return call
 
-    for function in ("linear_attention", "gated_scan"):
+    for function in ("linear_attention", "block_attention", "gated_scan"):
         monkeypatch.setattr(baselines, function, recording(getattr(baselines, function)))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x, t, y)
@@ -212,7 +215,7 @@ def test_an_unknown_variant_lists_the_known():
 WRONG = [
     ({"attention": "flash"},
      "unknown attention 'flash'; known: softmax, kv-compressed, moh, .*, ladder"),
-    ({"feed_forward": ""}, "unknown feed_forward ''; known: mlp, glumbconv, swiglu"),
+    ({"feed_forward": ""}, "unknown feed_forward ''; known: mlp, glumbconv, sana, swiglu"),
     ({"kernel": "elu"}, "unknown kernel 'elu'; known: relu, focused, dynamic"),
     ({"projection": "none"}, "unknown projection 'none'; known: shared, dynamic"),
     ({"differential": "tokens"}, "unknown differential 'tokens'; known: none, token, map"),
@@ -224,6 +227,7 @@ WRONG = [
     ({"heads": 6, "attention": "moh", "shared_heads": 6},
      "routed_heads 1 must be between 1 and the 6 heads less"),
     ({"heads": 6, "attention": "moh", "routed_heads": 0}, "routed_heads 0 must be"),
+    ({"qk_norm": True}, "qk_norm is for attention 'relu', not for 'softmax'"),
     ({"projection": "shared"},
      "differential 'token' needs Q' and K': projection must be 'dynamic'"),
     ({"attention": "ladder", "batch_norm": True, "dwc": False}, "batch_norm needs dwc"),
@@ -264,5 +268,8 @@ def test_help_shows_the_fields_of_a_variant(capsys):
     with pytest.raises(SystemExit):
         train_min.parse(["--preset=MoH-digits", "--help"], preset=preset)
     text = " ".join(capsys.readouterr().out.split())
-    assert "moh: heads that every token uses (default 1)" in text
+    shared = "moh: heads that every token uses, in the first two thirds of the blocks (default 1)"
+    assert shared in text
+    flags = [f"--{field.name.replace('_', '-')}" for field in fields(Baseline)]
+    assert [flag for flag in flags if flag not in text] == []
     assert "D, the token width; a multiple of 4 (default 96)" in text
