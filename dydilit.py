@@ -4,8 +4,7 @@ equations to the training loop. Read it top to bottom; NOTES.md says where the p
     here                 shape          in the paper                                     where
     x                    (B, N, D)      X: N tokens of width d = D, for each of B images Sec. 3.1
     q, k, v              (B, N, D)      Q, K, V = X W_0: projections all tokens share    Sec. 3.1
-    q_prime, k_prime     (B, N, D)      Q', K', the redundancy: each token is routed     (1) (2)
-                                        to one of n_P projectors
+    q_prime, k_prime     (B, N, D)      Q', K', the redundancy, by routed projectors     (1) (2)
     q_projectors, k_..   (n_P, D, D)    W_i^Q, W_i^K for i = 1 .. n_P                    (2)
     .._projector_router  (D, n_P)       R_P^Q, R_P^K                                     (1)
     gamma                (n_F,)         kernel factors gamma_1 .. gamma_{n_F}            (5) (6)
@@ -18,10 +17,10 @@ equations to the training loop. Read it top to bottom; NOTES.md says where the p
 
 Attention has one head of width D: the paper's GFLOPs allow no other number (NOTES.md).
 The skeleton keeps DiT's names (Peebles & Xie 2023), the new parts the paper's letters.
-This file imports torch and numpy, and the extension of csrc/ where it is built.
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -65,15 +64,13 @@ class Config:
         if self.hidden_size % 4:  # for the 2-D sin-cos positions
             raise ValueError(f"hidden_size must be a multiple of 4, got {self.hidden_size}")
         if self.input_size % self.patch_size:
-            raise ValueError(f"patch_size must divide input_size, got {self.patch_size} and "
-                             f"{self.input_size}")
+            raise ValueError(f"patch_size {self.patch_size} does not divide {self.input_size=}")
 
     def build(self) -> "DyDiLiT":
         return DyDiLiT(self)
 
 def check_fields(config, at_least_one=(), fractions=()):
-    """Check types and ranges: numbers are >= 0, >= 1 if named in `at_least_one`, <= 1 if named in
-    `fractions`; else ValueError."""
+    """ValueError unless all have their types and are >= 0, >= 1 or, of `fractions`, <= 1."""
     for field in fields(config):
         value = getattr(config, field.name)
         name = f"{type(config).__name__}.{field.name}"
@@ -85,8 +82,7 @@ def check_fields(config, at_least_one=(), fractions=()):
         if field.type in (int, float) and not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {value}")
 
-# S, B and L are the paper's (Sec. 4.1); L/2 at 512 pixels takes input_size=64. The others are ours,
-# for pixels.
+# S, B, L: the paper's (Sec. 4.1; at 512 pixels input_size=64). The others, for pixels, are ours.
 PRESETS = {
     "S/2":      Config(hidden_size=384, n_projectors=3, n_kernels=9, n_lambdas=9),
     "B/2":      Config(hidden_size=512, n_projectors=5, n_kernels=15, n_lambdas=15),
@@ -96,14 +92,12 @@ PRESETS = {
     "digits":   Config(input_size=8, in_channels=1, hidden_size=96, depth=4, num_classes=10),
 }
 
-
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The equations: pure functions, float32 inside (float64 inputs stay float64). They specify what the
 # fused op of csrc/ computes.
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """16-bit x becomes float32; float32 and float64 stay. Powers, logits, norms and divisions run
-    in this type."""
+    """16-bit x becomes float32, the least type for powers, logits, norms and divisions."""
     return x if x.dtype == torch.float64 else x.float()
 
 def norm(x: Tensor) -> Tensor:
@@ -113,12 +107,12 @@ def norm(x: Tensor) -> Tensor:
 def power_kernel(z: Tensor, gamma: Tensor | float) -> Tensor:
     """phi (Eq. 5): raise relu(z) to the power gamma, which bends its direction; keep its norm.
 
-    z (..., D), gamma broadcasts over (..., 1); returns (..., D), float32 or float64. A row without
-    a positive entry gives 0 and zero gradients.
+    z (..., D), gamma broadcasts over (..., 1); returns (..., D), at least float32. A row without a
+    positive entry gives 0 and zero gradients.
     """
     r = at_least_float32(z).relu()
-    # Divided by its largest entry, r lies in [0, 1], and so does its power, whatever z is. The
-    # scale m cancels in Eq. 5, so it carries no gradient.
+    # Divided by its largest entry, r lies in [0, 1], and so does its power. The scale m cancels in
+    # Eq. 5, so it carries no gradient.
     m = r.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
     t = r / m
     # The gradient of 0^gamma can be NaN: entries that are 0 become 1 before the power, 0 after it.
@@ -133,9 +127,9 @@ def route(z: Tensor, router: Tensor, router_grad: bool = True) -> tuple[Tensor, 
 
     z (..., D), router (D, n); returns
       index (...) int64: the winner; of equal logits the lowest index;
-      gate (..., 1): p / p.detach() with p = softmax(logits)[index]. Forward it is exactly 1, so it
-        keeps the paper's values. Backward it is the gradient of log p, all that a router learns
-        from (the paper does not say how its routers learn). router_grad=False: the constant 1.
+      gate (..., 1): p / p.detach() with p = softmax(logits)[index]. It is exactly 1, the paper's
+        value, and brings the router the gradient of log p (the paper does not say how its routers
+        learn). router_grad=False: the constant 1.
     """
     with no_autocast(z):
         logits = at_least_float32(z) @ at_least_float32(router)
@@ -190,10 +184,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, normalize: bool = True, ep
                      tokens_first: bool | None = None) -> Tensor:
     """Eq. 4, or with normalize=False its numerator alone, which is Eq. 8.
 
-    q, k, v (B, N, D); returns (B, N, D). (q k^T) v and q (k^T v) are the same sum in two orders,
-    with 2 N^2 D and 2 N D^2 multiply-adds: the cheaper one is taken unless tokens_first chooses.
-    A difference of tokens can make the denominator of Eq. 4 vanish or turn negative. It is kept
-    above 1e-3 of its Cauchy-Schwarz bound: free of scale, and |output| <= 1000 max |v|.
+    q, k, v (B, N, D); returns (B, N, D). (q k^T) v and q (k^T v) are the same sum, with 2 N^2 D and
+    2 N D^2 multiply-adds: the cheaper order is taken unless tokens_first chooses. Differences can
+    make the denominator of Eq. 4 vanish or turn negative. It is kept above 1e-3 of its
+    Cauchy-Schwarz bound: free of scale, and |output| <= 1000 max |v|.
     """
     N, D = q.shape[-2:]
     if tokens_first is None:
@@ -209,8 +203,8 @@ def dydila_reference(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
                      gamma: Tensor, lam: Tensor, kernel_routers: Tensor,
                      difference_routers: Tensor, *, normalize: bool = True,
                      router_grad: bool = True, eps: float = 1e-6) -> Tensor:
-    """All of DyDiLA between the projections and the convolution, Eqs. 5 to 8: (B, N, D) in v's
-    dtype. dydila_attention, at the end of this file, computes the same faster.
+    """DyDiLA between projections and convolution, Eqs. 5 to 8: (B, N, D) in v's dtype.
+    dydila_attention, at the end of this file, computes the same faster.
 
     q, k, q_prime, k_prime, v (B, N, D); gamma (n_F,); lam (n_D,); kernel_routers (4, D, n_F) for
     Q, K, Q', K' in this order; difference_routers (2, 2D, n_D) for Q, K.
@@ -226,8 +220,7 @@ def dydila_reference(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
         o = linear_attention(dq, dk, at_least_float32(v), normalize, eps)           # Eqs. 4, 8
         return o.to(v.dtype)
 
-
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The module.
 
 def to_image(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -242,10 +235,9 @@ class DWC(nn.Module):
     """Depthwise 3x3 convolution from parallel 3x3, 1x3 and 3x1 branches (Eq. 9; ACNet, Ding et al.
     2019): v (B, N, D), grid (H, W) -> (B, N, D).
 
-    No batch norm inside the branches: it would mix images of different noise levels and make an
-    image depend on its batch. Without it the branches are linear, so their kernels are added before
-    the one convolution: the same function at a third of the cost. The branches change the path of
-    the optimiser; `merge_` leaves one plain 3x3.
+    No batch norm inside the branches: it would mix images of different noise levels. Without it
+    their kernels add up to one: the same function at a third of the cost. The branches change the
+    optimiser's path; `merge_` leaves one plain 3x3.
     """
     def __init__(self, dim: int):
         super().__init__()
@@ -267,7 +259,7 @@ class DWC(nn.Module):
 
     @torch.no_grad()
     def merge_(self):
-        """Fold the branches into `square` for inference, exactly."""
+        """Fold the branches into `square` for inference, exactly; after any save_pretrained."""
         self.square.copy_(self.kernel())
         self.horizontal = self.vertical = None
 
@@ -278,10 +270,8 @@ class DWC(nn.Module):
 
 class DyDiLA(nn.Module):
     """Dynamic differential linear attention (Fig. 2b): x (B, N, D), grid (H, W) with H W = N
-    -> (B, N, D). ValueError if the grid does not hold the tokens.
-
-    It reads hidden_size, n_projectors, n_kernels, n_lambdas, normalize and router_grad of its
-    config, nothing else, and can stand alone in another model.
+    -> (B, N, D). ValueError if the grid does not hold the tokens. It can stand alone in another
+    model; of its config it reads the fields that __init__ and forward name.
     """
     def __init__(self, config: Config):
         super().__init__()
@@ -335,8 +325,7 @@ class GLUMBConv(nn.Module):
         x, gate = x.chunk(2, dim=-1)                     # (B, N, 4D) each
         return self.point_conv(x * F.silu(gate))         # (B, N, D)
 
-
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The network: DiT's skeleton around them.
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -377,8 +366,7 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 
 class LabelEmbedder(nn.Module):
-    """y (B,) -> (B, dim): labels 0 .. num_classes - 1, and num_classes for "no label", which
-    classifier-free guidance needs (Ho & Salimans 2022)."""
+    """y (B,) -> (B, dim); y = num_classes means "no label", for guidance."""
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
@@ -387,8 +375,7 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 class Block(nn.Module):
-    """adaLN-Zero (Peebles & Xie 2023): the condition c (B, D) shifts, scales and gates each branch.
-    x (B, N, D) -> (B, N, D)."""
+    """adaLN-Zero (Peebles & Xie 2023): c (B, D) shifts, scales and gates each branch."""
     def __init__(self, config: Config, attn: nn.Module | None = None, mlp: nn.Module | None = None):
         super().__init__()
         D = config.hidden_size
@@ -455,33 +442,23 @@ class DyDiLiT(nn.Module):
         return self.unpatchify(x)                        # (B, 2C, H, W)
 
     @staticmethod
-    def from_pretrained(path: str | Path, kinds: tuple[type, ...] = (Config,),
-                        saved: dict | None = None) -> "DyDiLiT":
-        """A model ready for sampling, with the averaged weights of a checkpoint of `train` or the
-        weights of a folder of save_pretrained. `kinds`: configurations that may be built; `saved`:
-        what support/pretrained.py, which takes more kinds of files, has read already.
-        FileNotFoundError if nothing is at path, ValueError if it holds no such model."""
-        if saved is None and not Path(path).is_dir():
-            saved = load_checkpoint(path, mmap=True)
-        try:
-            saved = saved or read_folder(Path(path))
-            kind = {kind.__name__: kind for kind in kinds}.get(saved["kind"])
-            if kind is None:
+    def from_pretrained(path: str | Path, kinds: tuple[type, ...] = (Config,)) -> "DyDiLiT":
+        """A model ready for sampling: the averaged weights of a checkpoint, or a folder of
+        save_pretrained. `kinds`: configurations that may be built. FileNotFoundError, or
+        ValueError if path holds no such model."""
+        saved = (read_folder if Path(path).is_dir() else load_checkpoint)(path)
+        known = {kind.__name__: kind for kind in kinds}
+        with naming(path, "holds no model of this version"):
+            if saved["kind"] not in known:
                 raise ValueError(f"kind {saved['kind']!r}, others by experiments/pretrained.py")
-            model = kind(**saved["config"]).build()
-            for name, module in model.named_modules():
-                if isinstance(module, DWC) and f"{name}.horizontal" not in saved["ema"]:
-                    module.horizontal = module.vertical = None  # as merge_ leaves them
+            model = known[saved["kind"]](**saved["config"]).build()
             model.load_state_dict(saved["ema"])
             model.meta, model.step = saved["meta"], saved["step"]
-            return model.eval()
-        except Exception as e:  # what is read may be anything
-            reason = " ".join(str(e).split())[:200]
-            raise ValueError(f"{path} holds no model of this version: {reason}") from e
+        return model.eval()
 
     def save_pretrained(self, folder: str | Path):
-        """Write model.safetensors, these weights and what they are, and config.json, a copy of the
-        latter for people. A kill or a full disk leaves the model that was there before."""
+        """Write model.safetensors, whose header describes the model, and config.json, a copy of
+        that for people. A kill or a full disk leaves the old model or the new."""
         from safetensors.torch import save
         Path(folder).mkdir(parents=True, exist_ok=True)
         weights = {name: z.contiguous() for name, z in self.state_dict().items()}
@@ -490,11 +467,8 @@ class DyDiLiT(nn.Module):
         about = {"kind": type(self.config).__name__, "config": asdict(self.config),
                  "meta": self.meta, "step": self.step, "crc32": crc32}
         text = json.dumps(about, indent=1) + "\n"
-
-        def write(file):  # config.json while the weights lie beside
-            file.write(save(weights, {"about": text}))
-            write_whole(Path(folder, "config.json"), lambda copy: copy.write(text.encode()))
-        write_whole(Path(folder, "model.safetensors"), write)
+        write_whole(Path(folder, "model.safetensors"), save(weights, {"about": text}))
+        write_whole(Path(folder, "config.json"), text.encode())
 
 @torch.no_grad()
 def initialize(model: nn.Module):
@@ -526,18 +500,16 @@ def initialize(model: nn.Module):
         elif isinstance(module, LabelEmbedder):
             nn.init.normal_(module.embedding_table.weight, std=0.02)
         elif isinstance(module, TimestepEmbedder):
-            nn.init.normal_(module.mlp[0].weight, std=0.02)
-            nn.init.normal_(module.mlp[2].weight, std=0.02)
+            for layer in (module.mlp[0], module.mlp[2]):
+                nn.init.normal_(layer.weight, std=0.02)
         elif isinstance(module, Block | FinalLayer):  # adaLN-Zero: a block starts as the identity
             nn.init.zeros_(module.adaLN_modulation[-1].weight)
             if isinstance(module, FinalLayer):  # and the output as 0
                 nn.init.zeros_(module.linear.weight)
 
-
-# ------------------------------------------------------------------------------------------------
-# Randomness by address: a random number is a function of (seed, what it is for), never of how many
-# numbers were drawn before it. So a training step can be repeated, resumed, or shared among any
-# number of processes, and image i is the same in every batch.
+# ------------------------------------------------------------------------------
+# Randomness by address: a random number depends on (seed, what it is for), never on what was drawn
+# before. So a training step can be repeated, resumed, or shared among processes.
 
 ORDER, STEP, HELD_OUT, SAMPLE = range(4)  # what random numbers are for
 
@@ -545,33 +517,22 @@ def generator(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Gene
     """The generator (Philox, counter-based) of one address, such as (seed, STEP, step, image)."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, purpose, a, b]))
 
-
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Diffusion, as in DiT: linear betas, noise prediction, learned variance (Ho et al. 2020; Nichol &
 # Dhariwal 2021).
 
 def respace(T: int, steps: int) -> list[int]:
     """`steps` of the timesteps 0 .. T - 1, evenly spaced, both ends kept: respace(1000, 250) is
-    [0, 4, 8, ..., 995, 999]. ValueError unless 2 <= steps <= T.
-
-    DiT adds up the stride in floating point, which decides where a tie such as 499.5 goes; so its
-    timesteps are taken only by adding as well.
-    """
+    [0, 4, 8, ..., 995, 999]. ValueError unless 2 <= steps <= T."""
     if not 2 <= steps <= T:
         raise ValueError(f"the number of sampling steps must be between 2 and {T}, got {steps}")
     stride = (T - 1) / (steps - 1)
-    position, kept = 0.0, []
-    for _ in range(steps):
-        kept.append(round(position))
-        position += stride
-    return kept
+    # added up, as in DiT: the rounding of the sum decides where a tie such as 499.5 goes
+    return [round(t) for t in itertools.accumulate([0.0] + [stride] * (steps - 1))]
 
 def with_guidance(model: Callable, scale: float, channels: int) -> Callable:
-    """Classifier-free guidance (Ho & Salimans 2022) of the noise in the first `channels` channels;
-    scale 1 is none. Returns a function of (x, t, y) like the model.
-
-    DiT guides three of the four latent channels, and the paper keeps DiT's settings. The other
-    channels and the variance are those of the labelled half.
+    """Classifier-free guidance (Ho & Salimans 2022) of the noise in the first `channels` channels
+    (DiT guides three of four); scale 1 is none. Returns a function of (x, t, y) like the model.
     """
     if scale == 1.0:
         return model
@@ -586,9 +547,8 @@ def with_guidance(model: Callable, scale: float, channels: int) -> Callable:
     return guided
 
 class Diffusion:
-    """The forward process q, the loss and the samplers, over all T timesteps or over `steps` of
-    them. t (B,) counts the timesteps in use, between which alpha_t, beta_t and abar_t are taken;
-    self.timesteps[t] is what the model is told."""
+    """Forward process q, loss and samplers, over all T timesteps or `steps` of them. t (B,) counts
+    those in use, between which alpha_t, beta_t are taken; the model is told self.timesteps[t]."""
     def __init__(self, steps: int | None = None, T: int = 1000):
         self.timesteps = torch.tensor(respace(T, T if steps is None else steps))
         betas = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64)
@@ -599,12 +559,9 @@ class Diffusion:
         variance = beta * (1 - previous) / (1 - abar)             # beta~_t, which is 0 at t = 0
         clipped = torch.cat([variance[1:2], variance[1:]])        # so that its log is finite there
         self.tables = {
-            "sqrt_abar": abar.sqrt(),
-            "sqrt_1m_abar": (1 - abar).sqrt(),
-            "sqrt_previous": previous.sqrt(),
-            "sqrt_1m_previous": (1 - previous).sqrt(),
-            "log_beta": beta.log(),
-            "log_variance": clipped.log(),
+            "sqrt_abar": abar.sqrt(), "sqrt_1m_abar": (1 - abar).sqrt(),
+            "sqrt_previous": previous.sqrt(), "sqrt_1m_previous": (1 - previous).sqrt(),
+            "log_beta": beta.log(), "log_variance": clipped.log(),
             "mean_x0": previous.sqrt() * beta / (1 - abar),
             "mean_xt": (1 - previous) * alpha.sqrt() / (1 - abar),
         }
@@ -628,8 +585,7 @@ class Diffusion:
 
     def p_mean_variance(self, eps: Tensor, v: Tensor, x_t: Tensor, t: Tensor,
                         clip: bool = False) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t). v in [-1, 1] moves the log variance from that
-        of beta~_t to that of beta_t."""
+        """Mean and log variance of p(x_{t-1} | x_t): v in [-1, 1] goes from beta~_t to beta_t."""
         x0 = self.predict_x0(eps, x_t, t)
         mean, low = self.q_posterior(x0.clamp(-1, 1) if clip else x0, x_t, t)
         high = self.at("log_beta", t, x_t)
@@ -649,8 +605,7 @@ class Diffusion:
 
     def loss(self, model: Callable, x0: Tensor, y: Tensor, t: Tensor,
              noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The square error of the noise, and the variational term, (B,) each; their sum is the
-        loss. The second trains the variance alone: its mean is detached."""
+        """The noise's square error and the variational term, (B,) each; this trains v alone."""
         x_t = self.q_sample(x0, t, noise)
         out = model(x_t, self.timesteps.to(t.device)[t], y)
         eps, v = out.to(x0.dtype).chunk(2, dim=1)
@@ -662,12 +617,11 @@ class Diffusion:
     def sample(self, model: nn.Module, y: Tensor, index: range | list[int], *, seed: int,
                cfg: float = 1.0, cfg_channels: int | None = None, sampler: str = "ddpm",
                clip: bool = False, on_step: Callable | None = None) -> Tensor:
-        """Images of the labels y (B,), (B, C, H, W) float32. `index` numbers them in the whole set:
-        image i depends on (seed, i) alone.
-
-        cfg: guidance scale; cfg_channels None guides all channels. sampler "ddpm" (ancestral,
-        learned variance) or "ddim" (eta = 0; Song et al. 2021). clip keeps x_0 in [-1, 1], for
-        pixels. on_step(x) is called after every step. ValueError for a wrong label or sampler.
+        """Images of the labels y (B,): (B, C, H, W) float32. `index` numbers them in the whole set:
+        image i depends on (seed, i) alone. cfg: guidance scale; cfg_channels None guides all
+        channels. sampler: "ddpm" (ancestral, learned variance) or "ddim" (eta = 0; Song et al.
+        2021). clip keeps x_0 in [-1, 1], for pixels. on_step(x) is called after every step.
+        ValueError for a wrong label or sampler.
         """
         config = model.config
         if sampler not in ("ddpm", "ddim"):
@@ -710,8 +664,7 @@ class Diffusion:
         return self.at("sqrt_previous", t, x_t) * x0 + self.at("sqrt_1m_previous", t, x_t) * eps
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log of the mass of N(mean, exp(log_scale)^2) in the bin of width 1/127.5 around x. The two
-    bins at the ends are open."""
+    """Log mass of N(mean, exp(log_scale)^2) in the bin of x, 1/127.5 wide; the end bins are open."""
     def cdf(z):  # of the standard normal, by its tanh approximation
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
@@ -720,8 +673,7 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp_min(1e-12).log()
 
-
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Training.
 
 @dataclass(frozen=True)
@@ -810,12 +762,10 @@ def train(config: Config, training: Training, resume: bool = False,
     """Train, and leave ckpt.pt and log.jsonl in training.out. Returns the steps done: fewer than
     training.steps after SIGINT, SIGTERM or SIGHUP.
 
-    resume continues from ckpt.pt if there is one. on_step(step, loss) is called after every step,
-    on_eval(averaged model, batch) at every evaluation, with the held-out batch or, without one,
-    that of the step; the dict that it returns joins the log.
-    FileExistsError if `out` holds a run and resume is off; ValueError for a batch that does not
-    divide; FloatingPointError for a loss or gradient that is not finite. support/runs.py checks
-    that a checkpoint is of the same run.
+    resume goes on from ckpt.pt, which support/runs.py has checked. on_step(step, loss) is called
+    after every step, on_eval(averaged model, batch) at every evaluation, with the held-out batch or
+    that of the step; its dict joins the log. FileExistsError if `out` holds a run and resume is
+    off; ValueError for a batch that does not divide; FloatingPointError if a loss is not finite.
     """
     rank, world, device = distributed()
     torch.manual_seed(training.seed)
@@ -838,13 +788,16 @@ def train(config: Config, training: Training, resume: bool = False,
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=training.bf16)
     held_out = [z.to(device) for z in data.held_out()]
     mine = range(rank * share, (rank + 1) * share)  # of each batch
-    batches = read_ahead(lambda step: data.batch(training.seed, step, training.batch_size, mine,
-                                                 training.label_dropout), step)
     began, logged = time.time(), step
 
-    with stop_signals() as signals:
+    def fetch(step):
+        return data.batch(training.seed, step, training.batch_size, mine, training.label_dropout)
+
+    with stop_signals() as signals, ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(fetch, step)  # the next batch is read during this step
         while step < training.steps:
-            batch = [z.to(device, non_blocking=True) for z in next(batches)]
+            batch = [z.to(device, non_blocking=True) for z in upcoming.result()]
+            upcoming = reader.submit(fetch, step + 1)
             lr = learning_rate(training, step)
             optimizer.param_groups[0]["lr"] = lr
             sums = torch.zeros(3, device=device)  # mse, variational term, signals to stop
@@ -906,8 +859,7 @@ def held_out_loss(diffusion: Diffusion, model: nn.Module, batch: list, micro: in
     mse, vb = (torch.cat(term).mean().item() for term in zip(*losses))
     return {"held_out_mse": mse, "held_out_loss": mse + vb}
 
-
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The bookkeeping of a run: processes, signals, the log, checkpoints. No more of the paper.
 
 def distributed() -> tuple[int, int, torch.device]:
@@ -921,25 +873,18 @@ def distributed() -> tuple[int, int, torch.device]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
-def read_ahead(fetch: Callable, step: int) -> Iterator:
-    """fetch(step), fetch(step + 1), ...: each is read while the one before it is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(fetch, step)
-        while True:
-            current = upcoming.result()
-            step += 1
-            upcoming = pool.submit(fetch, step)
-            yield current
-
 @contextmanager
 def stop_signals() -> Iterator:
-    """A list that SIGINT, SIGTERM and (without nohup) SIGHUP join, in place of what they would do;
-    it stays empty outside of the main thread, which alone may handle signals."""
+    """A list that SIGINT, SIGTERM and SIGHUP join, in place of what they would do; empty outside
+    of the main thread, which alone may handle signals."""
     received, before = [], {}
-    nohup = not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    stopping = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+    if signal.getsignal(hangup) != signal.SIG_IGN:  # as under nohup
+        stopping.append(hangup)
     try:
         with suppress(ValueError):  # "signal only works in main thread"
-            for s in (signal.SIGINT, signal.SIGTERM, *(() if nohup else (signal.SIGHUP,))):
+            for s in stopping:
                 before[s] = signal.signal(s, lambda number, _: received.append(number))
         yield received
     finally:
@@ -959,12 +904,12 @@ def start_run(state: dict, out: str, resume: bool) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     return 0
 
-def write_whole(path: str | Path, write: Callable):
-    """write(file) beside `path`, then rename: a full disk or a kill leaves what was there."""
+def write_whole(path: str | Path, contents: bytes | Callable):
+    """Write beside, then rename: a full disk or a kill leaves what was there."""
     beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
-            write(f)
+            f.write(contents) if isinstance(contents, bytes) else contents(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
@@ -976,39 +921,42 @@ def write_whole(path: str | Path, write: Callable):
 def save_checkpoint(path: str | Path, state: dict):
     write_whole(path, lambda file: torch.save(state, file))
 
-def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
+@contextmanager
+def naming(path: str | Path, what: str) -> Iterator:
+    """An error of any kind becomes a ValueError of one line that names the path."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{path} {what}: {' '.join(str(e).split())[:200]}") from e
+
+def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     """What `train` saved: model, ema, optimizer, step, kind (the config's class), config, training,
     meta (of the data). FileNotFoundError, or ValueError if it cannot be read or has changed."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}; `torchrun train_min.py` makes one")
-    try:
+    with naming(path, "is not a readable checkpoint (cut short?)"):
         with zipfile.ZipFile(path) as file:  # torch.load does not compare its CRCs
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} has changed since it was written")
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except Exception as e:  # torch raises many kinds on a damaged file, with long texts
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path} is not a readable checkpoint (cut short?): {reason}") from e
 
-def read_folder(folder: Path) -> dict:
+def read_folder(folder: str | Path) -> dict:
     """What save_pretrained wrote, like a checkpoint whose only weights are `ema`."""
     from safetensors import safe_open
-    about = json.loads((folder / "config.json").read_text())
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        own = json.loads((file.metadata() or {}).get("about", "{}"))
-        weights = {name: file.get_tensor(name) for name in file.keys()}
-    if own and "config" in about and own["crc32"] != about.get("crc32"):  # a kill came in between
-        about = own
-    return about | {"ema": weights}
+    with naming(folder, "holds no model.safetensors and config.json of save_pretrained"):
+        about = Path(folder, "config.json").read_text()
+        with safe_open(Path(folder, "model.safetensors"), "pt") as file:
+            about = (file.metadata() or {}).get("about", about)  # a kill may part them
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        return json.loads(about) | {"ema": weights}
 
-
-# ------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The fused op. A reader of the paper may stop here: dydila_attention computes dydila_reference by
 # the extension of csrc/ where it is built, forward and backward.
 
 BUILD = {}  # build_info() of the extension; empty without it
 FUSED_DEVICES = ()  # types of devices that it has kernels for
-NO_OP = ""  # why there is no extension, if one is found that does not fit
+NO_OP = ""  # why the extension that is there cannot be used
 try:
     import dydilit_C
 
@@ -1031,7 +979,6 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
                      router_grad: bool = True, eps: float = 1e-6,
                      backend: str = "auto") -> Tensor:
     """dydila_reference, whose docstring has the shapes, by the extension where that is possible.
-
     backend: "auto", "reference" or "fused" (RuntimeError where the extension is not built).
     ValueError for shapes that do not fit together, naming the tensor.
     """
@@ -1044,10 +991,11 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
         raise RuntimeError(f"no extension for {q.device.type} or for jvp and torch.func is here; "
                            "python setup.py build_ext --inplace")
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in inputs[:5]))
-    fits = not q.is_cuda or (  # the limits of the CUDA kernels; those of the CPU have none
-        torch.cuda.get_device_capability(q.device) >= (8, 0) and dtype != torch.float64
-        and q.shape[-1] <= BUILD["max_width"] and max(len(gamma), len(lam)) <= BUILD["max_choices"])
-    fits = fits and dtype.is_floating_point and dtype.itemsize > 1  # no float8
+    fits = dtype.is_floating_point and dtype.itemsize > 1  # no float8
+    if q.is_cuda:  # the limits of the CUDA kernels
+        fits &= torch.cuda.get_device_capability(q.device) >= (8, 0) and dtype != torch.float64
+        fits &= q.shape[-1] <= BUILD["max_width"]
+        fits &= max(len(gamma), len(lam)) <= BUILD["max_choices"]
     if backend == "reference" or not built or not (fits or backend == "fused"):
         return dydila_reference(*inputs, normalize=normalize, router_grad=router_grad, eps=eps)
 
@@ -1091,22 +1039,28 @@ def fake_forward(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, differen
             gamma.new_empty(2, B, N, len(lam)), gamma.new_empty(b, D + 1), gamma.new_empty(b, N))
 
 def save_for_backward(ctx, inputs, output):
+    *tensors, ctx.normalize, ctx.router_grad, ctx.eps = inputs
     _out, *kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(*inputs[:9], *kept)
-    ctx.options = dict(zip(("normalize", "router_grad", "eps"), inputs[9:]))
+    ctx.save_for_backward(*tensors, *kept)
 
 def attention_backward(ctx, grad_out, *_):
     """Gradients of the nine tensors, and None for the three options."""
-    tensors, kept = (saved := ctx.saved_tensors)[:9], saved[9:]  # may be read once
-    if torch.is_grad_enabled():  # create_graph: the op has no second derivatives
-        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in tensors]
-        out = dydila_reference(*leaves, **ctx.options)
+    (q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
+     dq, dk, attn, kernel_logits, difference_logits, k_sum, den) = ctx.saved_tensors
+    inputs = (q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers)
+    if torch.is_grad_enabled():  # create_graph: second derivatives, which the op has not
+        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+        out = dydila_reference(*leaves, normalize=ctx.normalize, router_grad=ctx.router_grad,
+                               eps=ctx.eps)
         grads = torch.autograd.grad(out, leaves, grad_out, create_graph=True, allow_unused=True)
     else:
-        grads = torch.ops.dydilit.attention_bwd(grad_out, *tensors, *ctx.options.values(), *kept)
-    given = 9 if ctx.options["router_grad"] else 7
-    return *grads[:given], *(None for _ in range(given, 12))
+        grads = torch.ops.dydilit.attention_bwd(
+            grad_out, *inputs, ctx.normalize, ctx.router_grad, ctx.eps,
+            dq, dk, attn, kernel_logits, difference_logits, k_sum, den)
+    if not ctx.router_grad:
+        grads = (*grads[:7], None, None)
+    return *grads, None, None, None
 
 def flops(q, *rest, backward=False, **_):
     """What FlopCounterMode counts on the Python path, from the shapes of the op's arguments."""
@@ -1128,8 +1082,8 @@ if FUSED_DEVICES:
     register_flop_formula(ops.attention_bwd)(lambda grad_out, *x, **_: flops(*x, backward=True))
 
 def grouped_mm_is_fast(rows):
-    """On Hopper, in bfloat16, F.grouped_mm is one kernel. On older GPUs it is a loop that waits for
-    the device; on Blackwell it gives an unused projector a gradient (pytorch#172439)."""
+    """On Hopper, in bfloat16, F.grouped_mm is one kernel. Older GPUs loop and wait for the device;
+    Blackwell gives an unused projector a gradient (pytorch#172439)."""
     if not rows.is_cuda or rows.shape[-1] % 8:
         return False
     autocast = torch.is_autocast_enabled("cuda")
@@ -1143,8 +1097,7 @@ def grouped_mm(groups, projectors, index):
     return F.grouped_mm(groups.bfloat16(), projectors.bfloat16(), offs=ends)
 
 def project_without_counts(rows, projectors, index):
-    """project_by_index for vmap, where all rows meet every projector; and for the meta device,
-    where one projector gives the same shapes and FLOPs."""
+    """project_by_index for vmap; on the meta device one projector gives shapes and FLOPs."""
     met = projectors[:1] if index.is_meta else projectors
     return sum(torch.where((index == i).unsqueeze(-1), rows @ w, 0) for i, w in enumerate(met))
 

@@ -13,7 +13,6 @@ import json
 import re
 import zipfile
 import zlib
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import dydilit
-from dydilit import Config, DyDiLiT, load_checkpoint, read_folder
+from dydilit import DWC, Config, DyDiLiT, load_checkpoint, naming, read_folder
 
 # Where others keep weights. Averaged ones first.
 PLACES = ("ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model", "module")
@@ -55,28 +54,25 @@ def build(path, saved: dict, kinds=(Config,)) -> DyDiLiT:
     if "config" not in saved:
         raise ValueError(f"{path} holds {describe(saved['ema'])}, but not the config of a model")
     known = {kind.__name__: kind for kind in kinds}
-    kind = saved.get("kind", "Config")
-    if isinstance(kind, str) and kind in known:  # else from_pretrained says what it is
-        with naming(path, "holds no model of this version"):
-            check_weights(saved["ema"], known[kind](**saved["config"]))
+    kind, weights = saved.get("kind", "Config"), saved["ema"]
     meta, step = saved.get("meta", {}), saved.get("step")
     if not isinstance(meta, dict) or type(step) not in (int, type(None)):
         raise ValueError(f"{path}: meta must be an object and step a number, got {meta!r:.60} and "
                          f"{step!r:.60}")
-    saved = saved | {"kind": kind, "meta": meta, "step": step}
-    model = DyDiLiT.from_pretrained(path, kinds, saved)
-    numbers = [str(i) for i in range(model.config.num_classes)]
+    with naming(path, "holds no model of this version"):
+        if not isinstance(kind, str) or kind not in known:
+            raise ValueError(f"kind {kind!r}, others by experiments/pretrained.py")
+        config = known[kind](**saved["config"])
+        check_weights(weights, config)
+        model = config.build()
+        for name, module in model.named_modules():
+            if isinstance(module, DWC) and f"{name}.horizontal" not in weights:
+                module.horizontal = module.vertical = None  # as merge_ leaves them
+        model.load_state_dict(weights)
+    numbers = [str(i) for i in range(config.num_classes)]
     model.meta = {"classes": numbers} | meta  # a model that was not trained here has no names
-    return model
-
-
-@contextmanager
-def naming(path: str | Path, what: str):
-    """Whatever goes wrong inside becomes a ValueError of one line that names the path."""
-    try:
-        yield
-    except Exception as e:  # of many kinds, some with long texts
-        raise ValueError(f"{path} {what}: {' '.join(str(e).split())[:200]}") from e
+    model.step = step
+    return model.eval()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def cut_log(path: Path, step: int):
     elif raw.startswith(whole):
         os.truncate(path, len(whole))
         return
-    write_whole(path, lambda file: file.write(whole))
+    write_whole(path, whole)
 
 
 def step_of(line: bytes) -> int | None:
