@@ -320,16 +320,17 @@ def test_a_finished_run_needs_no_room(finished, again, monkeypatch):
     assert "Samples, a class in each column" in again(finished[0])
 
 
-def test_a_terminal_of_plain_ascii_sees_the_end(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["out", "o\u00fct"])
+def test_a_terminal_of_plain_ascii_sees_the_end(digits, tmp_path, monkeypatch, name):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     monkeypatch.setenv("PYTHONUTF8", "0")
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
-    arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={tmp_path}/o\u00fct"]
+    arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={tmp_path}/{name}"]
     process = start("train_min.py", *arguments)
     stdout, stderr = finish(process)
     assert process.returncode == 0 and "Go on:" in stdout, stderr
-    assert "\u00b1" in (tmp_path / "o\u00fct" / "samples.md").read_text(encoding="utf-8")
+    assert "\u00b1" in (tmp_path / name / "samples.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["save_grid", "plot_loss"])
