@@ -58,7 +58,8 @@ def build(path, saved: dict, kinds=(Config,)) -> DyDiLiT:
     kind = saved.get("kind", "Config")
     if isinstance(kind, str) and kind in known:  # else from_pretrained says what it is
         with naming(path, "holds no model of this version"):
-            check_weights(saved["ema"], known[kind](**saved["config"]))
+            ours = "optimizer" in saved and "training" in saved  # others may have rounded
+            check_weights(saved["ema"], known[kind](**saved["config"]), same_type=ours)
     meta, step = saved.get("meta", {}), saved.get("step")
     if not isinstance(meta, dict) or type(step) not in (int, type(None)):
         raise ValueError(f"{path}: meta must be an object and step a number, got {meta!r:.60} and "
@@ -219,7 +220,7 @@ def parse(blob: bytes) -> tuple[dict, dict]:
 # Comparing.
 
 
-def check_weights(weights: dict, config: Config):
+def check_weights(weights: dict, config: Config, same_type: bool = False):
     """ValueError for the first weight that the model of `config` does not have, or has in another
     shape. Nothing large is made; a merged convolution (DWC.merge_) is a model's, too."""
     check_sizes(weights, config)
@@ -227,7 +228,7 @@ def check_weights(weights: dict, config: Config):
     branches = [name for name in expected if name.endswith(("dwc.horizontal", "dwc.vertical"))]
     if not any(name in weights for name in branches):  # merged
         expected = {name: z for name, z in expected.items() if name not in branches}
-    check_tensors(weights, expected, same_type=False)
+    check_tensors(weights, expected, same_type)
 
 
 class WithoutNormal(TorchFunctionMode):
