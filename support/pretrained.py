@@ -142,11 +142,14 @@ def weights_and_more(path: Path, tree) -> dict:
     """The weights in what torch.save wrote, as "ema", beside the other entries."""
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}, not the weights of a model")
-    for place in PLACES:
+    averaged = tree.get("ema") is not None or {"kind", "training"} <= tree.keys()
+    for place in PLACES[:1] if averaged else PLACES:  # never a checkpoint's plain weights instead
         if is_weights(tree.get(place)):
             return tree | {"ema": without_prefixes(tree[place])}
     if is_weights(tree):
         return {"ema": without_prefixes(tree)}
+    if averaged:
+        raise ValueError(f"{path}: ema must be weights, got {tree.get('ema')!r:.60}")
     names = ", ".join(map(str, list(tree)[:5]))
     raise ValueError(f"{path} holds no weights; its entries are: {names or 'none'}")
 
