@@ -62,8 +62,8 @@ def build(path, saved: dict, kinds=(Config,)) -> DyDiLiT:
             check_weights(saved["ema"], known[kind](**saved["config"]), same_type=ours)
     meta, step = saved.get("meta", {}), saved.get("step")
     if not isinstance(meta, dict) or type(step) not in (int, type(None)):
-        raise ValueError(f"{path}: meta must be an object and step a number, got {meta!r:.60} and "
-                         f"{step!r:.60}")
+        raise ValueError(f"{path}: meta must be an object and step a number, got {short(meta)} and "
+                         f"{short(step)}")
     saved = saved | {"kind": kind, "meta": meta, "step": step}
     model = DyDiLiT.from_pretrained(path, kinds, saved)
     numbers = [str(i) for i in range(model.config.num_classes)]
@@ -149,7 +149,7 @@ def weights_and_more(path: Path, tree) -> dict:
     if is_weights(tree):
         return {"ema": without_prefixes(tree)}
     if averaged:
-        raise ValueError(f"{path}: ema must be weights, got {tree.get('ema')!r:.60}")
+        raise ValueError(f"{path}: ema must be weights, got {short(tree.get('ema'))}")
     names = ", ".join(map(str, list(tree)[:5]))
     raise ValueError(f"{path} holds no weights; its entries are: {names or 'none'}")
 
@@ -293,7 +293,7 @@ def check_tensors(found: dict, expected: dict, same_type: bool = True):
 def layout(z, exact: bool) -> str:
     """Type, shape and, where the elements do not lie in the order of the axes, strides."""
     if not isinstance(z, torch.Tensor):
-        return f"{type(z).__name__} {z!r:.60}"
+        return f"{type(z).__name__} {short(z)}"
     if z.layout != torch.strided:
         return f"of the layout {z.layout}"
     kind = str(z.dtype).removeprefix("torch.")
@@ -301,6 +301,11 @@ def layout(z, exact: bool) -> str:
         return f"{'float' if z.is_floating_point() else kind} {tuple(z.shape)}"
     strides = tuple(step for step, n in zip(z.stride(), z.shape) if n > 1)
     return f"{kind} {tuple(z.shape)}{'' if z.is_contiguous() else f' with strides {strides}'}"
+
+
+def short(value) -> str:
+    """At most 60 characters of it, in one line; a tensor shows itself in several."""
+    return " ".join(repr(value).split())[:60]
 
 
 def describe(weights: dict) -> str:
