@@ -29,9 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dydilit import Diffusion, DyDiLA, DyDiLiT, distributed, generator
+from dydilit import Diffusion, DyDiLA, distributed, generator
 from support.decoder import Decoder
 from support.pictures import save_animation, save_grid
+from support.pretrained import load as load_pretrained
 from support.processes import by_rank_0, join, one_run
 from support.shards import finish, folder_of, is_whole, need_room, unfinished
 from support.terminal import Progress, first_speaks, run
@@ -322,7 +323,7 @@ def check_for(model, args):
         raise ValueError("--attention-dtype is for DyDiLA; this model has another attention")
 
 
-def main(argv=None, load=DyDiLiT.from_pretrained):
+def main(argv=None, load=load_pretrained):
     """load(path) -> the model; experiments/sample.py has one for more kinds of models."""
     with first_speaks():
         args = command_line().parse_args(argv)

@@ -25,7 +25,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
 
 import argparse
-import json
 import math
 import os
 import re
@@ -47,7 +46,7 @@ from sample_min import sample_to, settings_in, settings_of
 from support.decoder import Decoder
 from support.lock import one_writer
 from support.pictures import plot_loss, save_grid, written_whole
-from support.prepared import check_set
+from support.prepared import check_set, read_meta
 from support.processes import by_rank_0, join, one_run
 from support.runs import prepare_resume
 from support.shards import need_room
@@ -242,14 +241,9 @@ def is_bundled(training):
 
 
 def meta_of(training):
-    """meta.json of the data, {} where it is not there yet."""
-    file = Path(training.data) / "meta.json"
-    if not file.exists():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{file} is damaged: {e}") from e
+    """meta.json of the data, every field checked; {} where it is not there yet."""
+    there = (Path(training.data) / "meta.json").exists()
+    return read_meta(training.data) if there else {}
 
 
 def check_packages(training, samples):

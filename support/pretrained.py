@@ -57,13 +57,14 @@ def build(path, saved: dict, kinds=(Config,)) -> DyDiLiT:
     kind, weights = saved.get("kind", "Config"), saved["ema"]
     meta, step = saved.get("meta", {}), saved.get("step")
     if not isinstance(meta, dict) or type(step) not in (int, type(None)):
-        raise ValueError(f"{path}: meta must be an object and step a number, got {meta!r:.60} and "
-                         f"{step!r:.60}")
+        raise ValueError(f"{path}: meta must be an object and step a number, got {short(meta)} and "
+                         f"{short(step)}")
     with naming(path, "holds no model of this version"):
         if not isinstance(kind, str) or kind not in known:
             raise ValueError(f"kind {kind!r}, others by experiments/pretrained.py")
         config = known[kind](**saved["config"])
-        check_weights(weights, config)
+        ours = "optimizer" in saved and "training" in saved  # others may have rounded
+        check_weights(weights, config, same_type=ours)
         model = config.build()
         for name, module in model.named_modules():
             if isinstance(module, DWC) and f"{name}.horizontal" not in weights:
@@ -137,11 +138,14 @@ def weights_and_more(path: Path, tree) -> dict:
     """The weights in what torch.save wrote, as "ema", beside the other entries."""
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}, not the weights of a model")
-    for place in PLACES:
+    averaged = tree.get("ema") is not None or {"kind", "training"} <= tree.keys()
+    for place in PLACES[:1] if averaged else PLACES:  # never a checkpoint's plain weights instead
         if is_weights(tree.get(place)):
             return tree | {"ema": without_prefixes(tree[place])}
     if is_weights(tree):
         return {"ema": without_prefixes(tree)}
+    if averaged:
+        raise ValueError(f"{path}: ema must be weights, got {short(tree.get('ema'))}")
     names = ", ".join(map(str, list(tree)[:5]))
     raise ValueError(f"{path} holds no weights; its entries are: {names or 'none'}")
 
@@ -215,7 +219,7 @@ def parse(blob: bytes) -> tuple[dict, dict]:
 # Comparing.
 
 
-def check_weights(weights: dict, config: Config):
+def check_weights(weights: dict, config: Config, same_type: bool = False):
     """ValueError for the first weight that the model of `config` does not have, or has in another
     shape. Nothing large is made; a merged convolution (DWC.merge_) is a model's, too."""
     check_sizes(weights, config)
@@ -223,7 +227,7 @@ def check_weights(weights: dict, config: Config):
     branches = [name for name in expected if name.endswith(("dwc.horizontal", "dwc.vertical"))]
     if not any(name in weights for name in branches):  # merged
         expected = {name: z for name, z in expected.items() if name not in branches}
-    check_tensors(weights, expected, same_type=False)
+    check_tensors(weights, expected, same_type)
 
 
 class WithoutNormal(TorchFunctionMode):
@@ -285,7 +289,7 @@ def check_tensors(found: dict, expected: dict, same_type: bool = True):
 def layout(z, exact: bool) -> str:
     """Type, shape and, where the elements do not lie in the order of the axes, strides."""
     if not isinstance(z, torch.Tensor):
-        return f"{type(z).__name__} {z!r:.60}"
+        return f"{type(z).__name__} {short(z)}"
     if z.layout != torch.strided:
         return f"of the layout {z.layout}"
     kind = str(z.dtype).removeprefix("torch.")
@@ -293,6 +297,11 @@ def layout(z, exact: bool) -> str:
         return f"{'float' if z.is_floating_point() else kind} {tuple(z.shape)}"
     strides = tuple(step for step, n in zip(z.stride(), z.shape) if n > 1)
     return f"{kind} {tuple(z.shape)}{'' if z.is_contiguous() else f' with strides {strides}'}"
+
+
+def short(value) -> str:
+    """At most 60 characters of it, in one line; a tensor shows itself in several."""
+    return " ".join(repr(value).split())[:60]
 
 
 def describe(weights: dict) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dydilit import Config, Data, Training, distributed, load_checkpoint, write_whole
-from support.pretrained import check_tensors, on_meta
+from support.pretrained import check_tensors, on_meta, short
 
 # --resume accepts a new value for these fields only: they do not change what a training step
 # computes. (A new `steps` moves the decay.) All that meta.json says of the data must agree too.
@@ -53,7 +53,7 @@ def check_entries(path: Path, ckpt):
     for name, kind in ENTRIES.items():
         if not isinstance(ckpt.get(name), kind) or isinstance(ckpt[name], bool):
             raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got "
-                             f"{ckpt.get(name)!r:.60}")
+                             f"{short(ckpt.get(name))}")
     for name in ("config", "training", "meta"):
         try:
             json.dumps(ckpt[name])
@@ -69,7 +69,7 @@ def check_same_run(path: Path, about: dict, config: Config, training: Training):
     known = [k for k in then | now if k not in (*RESUMABLE, "crc32")]
     differing = [k for k in known if now.get(k) != then.get(k)]
     if differing:
-        listed = (f"{k} {then.get(k)!r:.60} (now {now.get(k)!r:.60})" for k in differing)
+        listed = (f"{k} {short(then.get(k))} (now {short(now.get(k))})" for k in differing)
         raise ValueError(f"{path} belongs to another configuration: {', '.join(listed)}")
     if then.get("crc32", now["crc32"]) != now["crc32"]:  # older checkpoints have none
         raise ValueError(f"{path} was trained on other images or labels than {training.data} holds "
@@ -98,7 +98,7 @@ def check_optimizer(found: dict, trained: list, step: int):
     numbers = list(range(len(trained)))
     groups, moments = found.get("param_groups"), found.get("state")
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
-        raise ValueError(f"param_groups must be a list of one dict, got {groups!r:.60}")
+        raise ValueError(f"param_groups must be a list of one dict, got {short(groups)}")
     group = groups[0]
     expected = fresh["param_groups"][0] | {"params": numbers}
     for name in {"lr", "betas", "eps", "weight_decay", "params"} | group.keys():
@@ -106,15 +106,15 @@ def check_optimizer(found: dict, trained: list, step: int):
             raise ValueError(f"{name} is missing in param_groups")
         same = type(group[name]) is type(expected.get(name)) and group[name] == expected.get(name)
         if name in expected and name != "lr" and not same:  # each step sets lr
-            raise ValueError(f"{name} is {group[name]!r:.60}, but training has "
-                             f"{expected[name]!r:.60}")
+            raise ValueError(f"{name} is {short(group[name])}, but training has "
+                             f"{short(expected[name])}")
     if not isinstance(moments, dict) or set(moments) != set(numbers):
         raise ValueError(f"it has not a state for each of the model's {len(numbers)} parameters")
     count = torch.zeros(())
     for i, p in enumerate(trained):
         like = {"step": count, "exp_avg": p, "exp_avg_sq": p}
         if not isinstance(moments[i], dict):
-            raise ValueError(f"state {i} is {moments[i]!r:.60}")
+            raise ValueError(f"state {i} is {short(moments[i])}")
         check_tensors({f"state {i} {k}": z for k, z in moments[i].items()},
                       {f"state {i} {k}": z for k, z in like.items()})
         if moments[i]["step"].item() != step:

@@ -111,6 +111,7 @@ WRONG = [
     (None, "model", {}, "model: pos_embed is missing"),
     (None, "step", "6", "step must be of type int, got '6'"),
     (None, "step", True, "step must be of type int, got True"),
+    (None, "meta", torch.zeros(3, 3), "meta must be of type dict, got tensor([[0., 0., 0.],"),
     (None, "meta", None, "meta must be of type dict"),
     (None, "config", {"depth": torch.zeros(2)}, "config must hold texts and numbers"),
 ]
