@@ -474,7 +474,7 @@ class DyDiLiT(nn.Module):
 def initialize(model: nn.Module):
     """Every initial value, in one place; drawn from torch's global generator."""
     for module in model.modules():  # first by kind
-        if isinstance(module, nn.Linear):  # DiT's rule
+        if isinstance(module, nn.Linear):  # DiT's rule; Sana leaves its own at PyTorch's default
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -664,7 +664,7 @@ class Diffusion:
         return self.at("sqrt_previous", t, x_t) * x0 + self.at("sqrt_1m_previous", t, x_t) * eps
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log mass of N(mean, exp(log_scale)^2) in the bin of x, 1/127.5 wide; the end bins are open."""
+    """Log mass of N(mean, exp(log_scale)^2) in the 1/127.5-wide bin of x; end bins are open."""
     def cdf(z):  # of the standard normal, by its tanh approximation
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
@@ -929,7 +929,7 @@ def naming(path: str | Path, what: str) -> Iterator:
     except Exception as e:
         raise ValueError(f"{path} {what}: {' '.join(str(e).split())[:200]}") from e
 
-def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     """What `train` saved: model, ema, optimizer, step, kind (the config's class), config, training,
     meta (of the data). FileNotFoundError, or ValueError if it cannot be read or has changed."""
     if not Path(path).exists():

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ import torch
 
 from dydilit import Diffusion, DyDiLA, distributed, generator
 from support.decoder import Decoder
+from support.fused import check_fused
 from support.pictures import save_animation, save_grid
 from support.pretrained import load as load_pretrained
 from support.processes import by_rank_0, join, one_run
@@ -366,9 +368,13 @@ def sample(model, args, labels, settings):
     """Make --out."""
     rank, _, device = distributed()
     decode = Decoder(model.config, settings["vae"], model.meta.get("scaling"), device)
-    for module in model.modules():
-        if isinstance(module, DyDiLA):
-            module.dtype = DTYPES.get(args.attention_dtype)
+    attentions = [module for module in model.modules() if isinstance(module, DyDiLA)]
+    for module in attentions:
+        module.dtype = DTYPES.get(args.attention_dtype)
+    if attentions:
+        line = check_fused(device, DTYPES[args.attention_dtype or args.dtype])
+        if rank == 0:
+            print(line, file=sys.stderr, flush=True)
     model = model.to(device)
     network = torch.compile(model) if args.compile else model
     number = len(labels)

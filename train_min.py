@@ -44,9 +44,11 @@ import torch.distributed as dist
 from dydilit import PRESETS, Config, DyDiLiT, Training, distributed, train
 from sample_min import sample_to, settings_in, settings_of
 from support.decoder import Decoder
+from support.fused import check_fused
 from support.lock import one_writer
 from support.pictures import plot_loss, save_grid, written_whole
 from support.prepared import check_set, read_meta
+from support.pretrained import mappable
 from support.processes import by_rank_0, join, one_run
 from support.runs import prepare_resume
 from support.shards import need_room
@@ -302,7 +304,7 @@ def prepare_end(config, training, args):
     ckpt = Path(training.out, "ckpt.pt")
     done = 0
     if args.resume and ckpt.exists():  # `prepare_resume` has checked it
-        done = torch.load(ckpt, map_location="cpu", mmap=True, weights_only=True)["step"]
+        done = torch.load(ckpt, "cpu", mmap=mappable(ckpt), weights_only=True)["step"]
     if done < training.steps:
         with torch.device("meta"):
             numbers = sum(p.numel() for p in config.build().parameters())
@@ -325,7 +327,7 @@ def train_and_sample(argv, preset=preset, on_eval=None, command="train_min.py"):
     with first_speaks():
         config, training, args = parse(argv, preset)
     join()
-    rank = distributed()[0]
+    rank, _, device = distributed()
     for line in check_packages(training, args.samples):
         if rank == 0:
             print(line, file=sys.stderr, flush=True)
@@ -335,6 +337,10 @@ def train_and_sample(argv, preset=preset, on_eval=None, command="train_min.py"):
         if args.resume:
             prepare_resume(config, training)
         decode = prepare_end(config, training, args)
+        if getattr(config, "attention", "ladder") == "ladder":  # others have no DyDiLA
+            line = check_fused(device, torch.bfloat16 if training.bf16 else torch.float32)
+            if rank == 0:
+                print(line, file=sys.stderr, flush=True)
         progress = Progress("train", training.steps, quiet=rank > 0)
 
         def on_step(step, loss):
@@ -361,6 +367,9 @@ def folder_of(training):
     by_rank_0(lambda: out.mkdir(parents=True, exist_ok=True))
     try:
         with one_run(out):
+            if distributed()[0] == 0:
+                for left in out.glob("ckpt.pt.*.tmp"):  # by a run that was killed
+                    left.unlink(missing_ok=True)
             yield
     finally:
         if new and distributed()[0] == 0:

@@ -100,7 +100,7 @@ def read_torch(path: Path):
             if path.exists() and path.read_bytes()[:1] == b"\x80":  # before torch 1.6: no zip file
                 with naming(path, "is not a readable checkpoint (cut short?)"):
                     return torch.load(path, map_location="cpu", weights_only=True)
-            return load_checkpoint(path, mmap=True)
+            return load_checkpoint(path, mmap=mappable(path))
     except ValueError as e:
         pickled = re.search(r"GLOBAL ([\w.]+)", str(e.__cause__))
         if not pickled:
@@ -110,6 +110,15 @@ def read_torch(path: Path):
             "numbers, texts, lists and dicts are read. Save model.state_dict() and the config, or "
             "model.save_pretrained(folder)"
         ) from e
+
+
+def mappable(path) -> bool:
+    """Whether torch can map the file into memory: only if its name is valid text."""
+    try:
+        str(path).encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def other_than_torch(path: Path) -> str | None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dydilit import Config, Data, Training, distributed, load_checkpoint, write_whole
-from support.pretrained import check_tensors, on_meta, short
+from support.pretrained import check_tensors, mappable, on_meta, short
 
 # --resume accepts a new value for these fields only: they do not change what a training step
 # computes. (A new `steps` moves the decay.) All that meta.json says of the data must agree too.
@@ -27,7 +27,7 @@ def prepare_resume(config: Config, training: Training):
     path = Path(training.out, "ckpt.pt")
     step = 0
     if path.exists():
-        ckpt = load_checkpoint(path, mmap=True)  # its tensors stay in the file
+        ckpt = load_checkpoint(path, mmap=mappable(path))  # its tensors stay in the file
         check_entries(path, ckpt)
         check_same_run(path, ckpt, config, training)
         check_state(path, ckpt, config)
