@@ -57,14 +57,15 @@ class Config:
     n_lambdas: int = 9  # n_D, differential factors lambda (Eq. 7)
     num_classes: int = 1000  # labels are 0 .. num_classes - 1; num_classes means "no label"
     normalize: bool = True  # divide by the guarded denominator of Eq. 4; off: Eq. 8 as printed
-    router_grad: bool = True  # straight-through gradient for the routers; off: they stay as drawn
+    router_grad: bool = True  # gradient for the routers; off: they stay as drawn
 
     def __post_init__(self):
         check_fields(self, at_least_one=[field.name for field in fields(Config)])
         if self.hidden_size % 4:  # for the 2-D sin-cos positions
             raise ValueError(f"hidden_size must be a multiple of 4, got {self.hidden_size}")
         if self.input_size % self.patch_size:
-            raise ValueError(f"patch_size {self.patch_size} does not divide {self.input_size=}")
+            raise ValueError("patch_size must divide input_size, got "
+                             f"{self.patch_size} and {self.input_size}")
 
     def build(self) -> "DyDiLiT":
         return DyDiLiT(self)
@@ -82,7 +83,7 @@ def check_fields(config, at_least_one=(), fractions=()):
         if field.type in (int, float) and not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {value}")
 
-# S, B, L: the paper's (Sec. 4.1; at 512 pixels input_size=64). The others, for pixels, are ours.
+# S, B, L: Sec. 4.1 (at 512 pixels input_size=64). The others are ours, for pixels.
 PRESETS = {
     "S/2":      Config(hidden_size=384, n_projectors=3, n_kernels=9, n_lambdas=9),
     "B/2":      Config(hidden_size=512, n_projectors=5, n_kernels=15, n_lambdas=15),
@@ -92,12 +93,11 @@ PRESETS = {
     "digits":   Config(input_size=8, in_channels=1, hidden_size=96, depth=4, num_classes=10),
 }
 
-# ------------------------------------------------------------------------------
-# The equations: pure functions, float32 inside (float64 inputs stay float64). They specify what the
-# fused op of csrc/ computes.
+# ------------------------------------------------------------
+# The equations: pure functions, float32 or float64 inside; they specify the fused op.
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """16-bit x becomes float32, the least type for powers, logits, norms and divisions."""
+    """16-bit x becomes float32: powers, logits, norms and divisions need it."""
     return x if x.dtype == torch.float64 else x.float()
 
 def norm(x: Tensor) -> Tensor:
@@ -118,8 +118,7 @@ def power_kernel(z: Tensor, gamma: Tensor | float) -> Tensor:
     # The gradient of 0^gamma can be NaN: entries that are 0 become 1 before the power, 0 after it.
     alive = r > 0
     p = torch.where(alive, torch.where(alive, t, 1) ** gamma, 0)
-    norm_r = m * norm(t)
-    norm_p = norm(p)
+    norm_r, norm_p = m * norm(t), norm(p)
     return p / torch.where(norm_p > 0, norm_p, 1) * norm_r
 
 def route(z: Tensor, router: Tensor, router_grad: bool = True) -> tuple[Tensor, Tensor]:
@@ -145,16 +144,16 @@ def routed_projection(x: Tensor, projectors: Tensor, router: Tensor,
 
     x (B, N, D), projectors (n_P, D, D), router (D, n_P); returns (B, N, D).
     """
-    rows = x.flatten(0, 1)                                   # (B N, D)
-    index, gate = route(rows, router, router_grad)           # Eq. 1
-    projected = project_by_index(rows, projectors, index)    # Eq. 2
+    rows = x.flatten(0, 1)                                 # (B N, D)
+    index, gate = route(rows, router, router_grad)         # Eq. 1
+    projected = project_by_index(rows, projectors, index)  # Eq. 2
     return (projected * gate.to(projected.dtype)).view_as(x)
 
 def project_by_index(rows: Tensor, projectors: Tensor, index: Tensor) -> Tensor:
     """rows (M, D): row i times projectors[index[i]], by one product for each projector."""
     if index.is_meta or in_transform():
         return project_without_counts(rows, projectors, index)
-    order = index.argsort(stable=True)                       # rows of one projector become a group
+    order = index.argsort(stable=True)  # rows of one projector become a group
     groups = rows.index_select(0, order)
     if grouped_mm_is_fast(rows):
         projected = grouped_mm(groups, projectors, index)
@@ -211,20 +210,20 @@ def dydila_reference(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
     """
     # float32 inside: sums of products overflow in float16 and cancel in bfloat16
     with no_autocast(q):
-        q_t = measure(q, gamma, kernel_routers[0], router_grad)                     # Eqs. 5, 6
+        q_t = measure(q, gamma, kernel_routers[0], router_grad)              # Eqs. 5, 6
         k_t = measure(k, gamma, kernel_routers[1], router_grad)
         qp_t = measure(q_prime, gamma, kernel_routers[2], router_grad)
         kp_t = measure(k_prime, gamma, kernel_routers[3], router_grad)
-        dq = difference(q_t, qp_t, lam, difference_routers[0], router_grad)         # Eqs. 7, 8
+        dq = difference(q_t, qp_t, lam, difference_routers[0], router_grad)  # Eqs. 7, 8
         dk = difference(k_t, kp_t, lam, difference_routers[1], router_grad)
-        o = linear_attention(dq, dk, at_least_float32(v), normalize, eps)           # Eqs. 4, 8
+        o = linear_attention(dq, dk, at_least_float32(v), normalize, eps)    # Eqs. 4, 8
         return o.to(v.dtype)
 
-# ------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # The module.
 
 def to_image(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens (B, H W, D) seen as an image (B, D, H, W): no copy, its memory is channels-last."""
+    """Tokens (B, H W, D) seen as an image (B, D, H, W), channels-last."""
     return x.mT.unflatten(-1, grid)
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -259,7 +258,7 @@ class DWC(nn.Module):
 
     @torch.no_grad()
     def merge_(self):
-        """Fold the branches into `square` for inference, exactly; after any save_pretrained."""
+        """Fold the branches into `square`, exactly; for inference, after save_pretrained."""
         self.square.copy_(self.kernel())
         self.horizontal = self.vertical = None
 
@@ -270,8 +269,7 @@ class DWC(nn.Module):
 
 class DyDiLA(nn.Module):
     """Dynamic differential linear attention (Fig. 2b): x (B, N, D), grid (H, W) with H W = N
-    -> (B, N, D). ValueError if the grid does not hold the tokens. It can stand alone in another
-    model; of its config it reads the fields that __init__ and forward name.
+    -> (B, N, D). ValueError if the grid does not hold the tokens. It can stand alone elsewhere.
     """
     def __init__(self, config: Config):
         super().__init__()
@@ -279,7 +277,7 @@ class DyDiLA(nn.Module):
         n_F, n_D = config.n_kernels, config.n_lambdas
         self.normalize, self.router_grad = config.normalize, config.router_grad
         self.backend = "auto"  # "auto", "reference" or "fused": see dydila_attention
-        self.dtype = None  # cast q, k, q', k', v to this before the attention; None: leave them
+        self.dtype = None  # cast q .. v to this for the attention; None: leave them
 
         def router(*shape):
             return nn.Parameter(torch.empty(shape), requires_grad=self.router_grad)
@@ -325,7 +323,7 @@ class GLUMBConv(nn.Module):
         x, gate = x.chunk(2, dim=-1)                     # (B, N, 4D) each
         return self.point_conv(x * F.silu(gate))         # (B, N, D)
 
-# ------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # The network: DiT's skeleton around them.
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -337,7 +335,7 @@ def angles(position: Tensor, n: int) -> Tensor:
     return position.double().unsqueeze(1) * torch.exp(-math.log(10000) * i / n)
 
 def position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed 2-D sin-cos positions (H W, dim). The first half encodes the column, as in DiT."""
+    """Fixed 2-D sin-cos positions (H W, dim), as in DiT: the column first."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     x = angles(columns.flatten(), dim // 4)
     y = angles(rows.flatten(), dim // 4)
@@ -478,14 +476,14 @@ def initialize(model: nn.Module):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):  # PyTorch's default: uniform, bound 1 / sqrt(fan_in)
+        elif isinstance(module, nn.Conv2d):  # PyTorch's default
             module.reset_parameters()
     for module in model.modules():  # then by role
         if isinstance(module, DyDiLA):
             for projector in (*module.q_projectors, *module.k_projectors):
                 nn.init.xavier_uniform_(projector)
             for name, parameter in module.named_parameters(recurse=False):
-                if "router" in name:  # not zero: every token would take index 0
+                if "router" in name:  # not zero: all would take index 0
                     nn.init.normal_(parameter, std=0.02)
             nn.init.constant_(module.gamma, 3.0)  # Sec. 4.1
             nn.init.constant_(module.lam, 0.01)  # Sec. 4.1
@@ -507,19 +505,18 @@ def initialize(model: nn.Module):
             if isinstance(module, FinalLayer):  # and the output as 0
                 nn.init.zeros_(module.linear.weight)
 
-# ------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # Randomness by address: a random number depends on (seed, what it is for), never on what was drawn
 # before. So a training step can be repeated, resumed, or shared among processes.
 
 ORDER, STEP, HELD_OUT, SAMPLE = range(4)  # what random numbers are for
 
 def generator(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Generator:
-    """The generator (Philox, counter-based) of one address, such as (seed, STEP, step, image)."""
+    """The generator (Philox) of one address, such as (seed, STEP, step, image)."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, purpose, a, b]))
 
-# ------------------------------------------------------------------------------
-# Diffusion, as in DiT: linear betas, noise prediction, learned variance (Ho et al. 2020; Nichol &
-# Dhariwal 2021).
+# ------------------------------------------------------------
+# Diffusion, as in DiT: Ho et al. 2020, with Nichol & Dhariwal's learned variance (2021).
 
 def respace(T: int, steps: int) -> list[int]:
     """`steps` of the timesteps 0 .. T - 1, evenly spaced, both ends kept: respace(1000, 250) is
@@ -531,9 +528,8 @@ def respace(T: int, steps: int) -> list[int]:
     return [round(t) for t in itertools.accumulate([0.0] + [stride] * (steps - 1))]
 
 def with_guidance(model: Callable, scale: float, channels: int) -> Callable:
-    """Classifier-free guidance (Ho & Salimans 2022) of the noise in the first `channels` channels
-    (DiT guides three of four); scale 1 is none. Returns a function of (x, t, y) like the model.
-    """
+    """Classifier-free guidance (Ho & Salimans 2022) of the first `channels` channels' noise (DiT
+    guides three of four); scale 1 is none. Returns a function of (x, t, y) like the model."""
     if scale == 1.0:
         return model
 
@@ -556,8 +552,8 @@ class Diffusion:
         previous = torch.cat([abar.new_ones(1), abar[:-1]])       # abar_{t-1}
         alpha = abar / previous
         beta = 1 - alpha
-        variance = beta * (1 - previous) / (1 - abar)             # beta~_t, which is 0 at t = 0
-        clipped = torch.cat([variance[1:2], variance[1:]])        # so that its log is finite there
+        variance = beta * (1 - previous) / (1 - abar)             # beta~_t: 0 at t = 0
+        clipped = torch.cat([variance[1:2], variance[1:]])        # its log is finite
         self.tables = {
             "sqrt_abar": abar.sqrt(), "sqrt_1m_abar": (1 - abar).sqrt(),
             "sqrt_previous": previous.sqrt(), "sqrt_1m_previous": (1 - previous).sqrt(),
@@ -567,7 +563,7 @@ class Diffusion:
         }
 
     def at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
-        """The table's values at t (B,), float64 until here, shaped to multiply x (B, C, H, W)."""
+        """The table at t (B,), float64 until here, shaped to multiply x (B, C, H, W)."""
         self.tables[name] = self.tables[name].to(t.device)  # copies once
         return self.tables[name][t].to(x.dtype).view(-1, 1, 1, 1)
 
@@ -621,7 +617,6 @@ class Diffusion:
         image i depends on (seed, i) alone. cfg: guidance scale; cfg_channels None guides all
         channels. sampler: "ddpm" (ancestral, learned variance) or "ddim" (eta = 0; Song et al.
         2021). clip keeps x_0 in [-1, 1], for pixels. on_step(x) is called after every step.
-        ValueError for a wrong label or sampler.
         """
         config = model.config
         if sampler not in ("ddpm", "ddim"):
@@ -637,7 +632,7 @@ class Diffusion:
             return torch.from_numpy(np.stack(noise))
 
         guided = with_guidance(model, cfg, cfg_channels or config.in_channels)
-        with ThreadPoolExecutor(1) as pool:  # draws the noise of the next step during this one
+        with ThreadPoolExecutor(1) as pool:  # draws the next noise meanwhile
             x = draw().to(y.device)
             upcoming = pool.submit(draw)
             for s in reversed(range(len(self.timesteps))):
@@ -673,7 +668,7 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp_min(1e-12).log()
 
-# ------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # Training.
 
 @dataclass(frozen=True)
@@ -702,7 +697,7 @@ class Training:
             fractions=("decay", "ema_decay", "label_dropout"))
 
 class Data:
-    """A prepared data set (data/README.md); support/prepared.py checks that it fits a model."""
+    """A prepared data set (data/README.md), which support/prepared.py has checked."""
     def __init__(self, path: str | Path, config: Config):
         self.meta = json.loads(Path(path, "meta.json").read_text())
         self.images = np.load(Path(path, "images.npy"), mmap_mode="r")
@@ -803,7 +798,7 @@ def train(config: Config, training: Training, resume: bool = False,
             sums = torch.zeros(3, device=device)  # mse, variational term, signals to stop
             for first in range(0, share, micro):
                 part = [z[first : first + micro] for z in batch]
-                last = first + micro == share  # gradients travel between processes once a step
+                last = first + micro == share  # exchange gradients once a step
                 with nullcontext() if last or world == 1 else net.no_sync():
                     with autocast:
                         mse, vb = diffusion.loss(net, *part)
@@ -814,8 +809,7 @@ def train(config: Config, training: Training, resume: bool = False,
             if world > 1:
                 dist.all_reduce(sums)
             grad_norm = nn.utils.clip_grad_norm_(params, training.grad_clip or math.inf)
-            # the host waits for the device here, and nowhere else
-            mse, vb, stop, grad_norm = [*sums.tolist(), grad_norm.item()]
+            mse, vb, stop, grad_norm = [*sums.tolist(), grad_norm.item()]  # waits for the device
             if not math.isfinite(mse + vb + grad_norm):
                 raise FloatingPointError(f"step {step}: loss {mse + vb}, gradient norm {grad_norm}"
                                          f"; {training.out} keeps its last checkpoint, if any")
@@ -859,11 +853,11 @@ def held_out_loss(diffusion: Diffusion, model: nn.Module, batch: list, micro: in
     mse, vb = (torch.cat(term).mean().item() for term in zip(*losses))
     return {"held_out_mse": mse, "held_out_loss": mse + vb}
 
-# ------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # The bookkeeping of a run: processes, signals, the log, checkpoints. No more of the paper.
 
 def distributed() -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device), by torchrun's environment; joins the process group."""
+    """(rank, processes, device), by torchrun's environment; joins the group."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -900,7 +894,7 @@ def start_run(state: dict, out: str, resume: bool) -> int:
             part.load_state_dict(ckpt[name])
         return ckpt["step"]
     if not resume and (path.exists() or Path(out, "log.jsonl").exists()):
-        raise FileExistsError(f"{out} holds a run; --resume continues it, --out takes another")
+        raise FileExistsError(f"{out} holds a run; --resume continues it, --out names another")
     path.parent.mkdir(parents=True, exist_ok=True)
     return 0
 
@@ -950,7 +944,7 @@ def read_folder(folder: str | Path) -> dict:
             weights = {name: file.get_tensor(name) for name in file.keys()}
         return json.loads(about) | {"ema": weights}
 
-# ------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # The fused op. A reader of the paper may stop here: dydila_attention computes dydila_reference by
 # the extension of csrc/ where it is built, forward and backward.
 
@@ -979,9 +973,7 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
                      router_grad: bool = True, eps: float = 1e-6,
                      backend: str = "auto") -> Tensor:
     """dydila_reference, whose docstring has the shapes, by the extension where that is possible.
-    backend: "auto", "reference" or "fused" (RuntimeError where the extension is not built).
-    ValueError for shapes that do not fit together, naming the tensor.
-    """
+    backend: "auto", "reference" or "fused" (RuntimeError without the extension)."""
     inputs = (q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers)
     check_shapes(*inputs)
     if backend not in ("auto", "reference", "fused"):
@@ -1008,7 +1000,7 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
     return out.to(v.dtype)
 
 def in_transform() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work; the op has no rules for it."""
+    """Whether torch.func or forward mode is at work, for which the op has no rules."""
     return (torch._C._are_functorch_transforms_active()  # private, but torch offers no other way
             or torch.autograd.forward_ad._current_level >= 0)
 
@@ -1029,8 +1021,8 @@ def check_shapes(q, *rest):
 
 def fake_forward(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
                  normalize, router_grad, eps):
-    """Shapes and dtypes of out, dq, dk, attn, kernel_logits, difference_logits, k_sum and den
-    (csrc/ops.cpp). CUDA keeps dq, dk and attn in bfloat16 where q is; else they are gamma's."""
+    """out, dq, dk, attn, kernel_logits, difference_logits, k_sum, den (csrc/ops.cpp). CUDA keeps
+    dq, dk, attn in bfloat16 where q is; else they have gamma's dtype."""
     B, N, D = q.shape
     n, b = min(N, D), B if normalize else 0
     core = q if q.is_cuda and q.dtype == torch.bfloat16 else gamma
@@ -1063,7 +1055,7 @@ def attention_backward(ctx, grad_out, *_):
     return *grads, None, None, None
 
 def flops(q, *rest, backward=False, **_):
-    """What FlopCounterMode counts on the Python path, from the shapes of the op's arguments."""
+    """What FlopCounterMode counts on the Python path, from the arguments' shapes."""
     (B, N, D), (n_F,), (n_D,), normalize, router_grad = q, *rest[4:6], *rest[8:10]
     routers = 8 * B * N * D * (n_F + n_D)
     products = 2 * B * N * D * (2 * min(N, D) + normalize)
@@ -1091,7 +1083,7 @@ def grouped_mm_is_fast(rows):
     return dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device)[0] == 9
 
 def grouped_mm(groups, projectors, index):
-    """groups: rows in the order of their index. Nothing here waits for the device."""
+    """groups: rows sorted by index. Nothing here waits for the device."""
     routes = torch.arange(len(projectors), device=index.device).unsqueeze(1)
     ends = (index <= routes).sum(1).int()  # where the group of each route ends
     return F.grouped_mm(groups.bfloat16(), projectors.bfloat16(), offs=ends)
