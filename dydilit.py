@@ -872,10 +872,9 @@ def stop_signals() -> Iterator:
     """A list that SIGINT, SIGTERM and SIGHUP join, in place of what they would do; empty outside
     of the main thread, which alone may handle signals."""
     received, before = [], {}
-    stopping = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-    if signal.getsignal(hangup) != signal.SIG_IGN:  # as under nohup
-        stopping.append(hangup)
+    nohup = signal.getsignal(hangup) == signal.SIG_IGN
+    stopping = (signal.SIGINT, signal.SIGTERM, *([] if nohup else [hangup]))
     try:
         with suppress(ValueError):  # "signal only works in main thread"
             for s in stopping:
@@ -894,7 +893,7 @@ def start_run(state: dict, out: str, resume: bool) -> int:
             part.load_state_dict(ckpt[name])
         return ckpt["step"]
     if not resume and (path.exists() or Path(out, "log.jsonl").exists()):
-        raise FileExistsError(f"{out} holds a run; --resume continues it, --out names another")
+        raise FileExistsError(f"{out} holds a run; --resume continues it, --out takes another")
     path.parent.mkdir(parents=True, exist_ok=True)
     return 0
 
@@ -938,11 +937,13 @@ def read_folder(folder: str | Path) -> dict:
     """What save_pretrained wrote, like a checkpoint whose only weights are `ema`."""
     from safetensors import safe_open
     with naming(folder, "holds no model.safetensors and config.json of save_pretrained"):
-        about = Path(folder, "config.json").read_text()
+        about = json.loads(Path(folder, "config.json").read_text())
         with safe_open(Path(folder, "model.safetensors"), "pt") as file:
-            about = (file.metadata() or {}).get("about", about)  # a kill may part them
+            own = json.loads((file.metadata() or {}).get("about", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}
-        return json.loads(about) | {"ema": weights}
+        if own and own["crc32"] != about.get("crc32", own["crc32"]):  # a kill came in between
+            about = own
+        return {name: about[name] for name in ("kind", "config", "meta", "step")} | {"ema": weights}
 
 # ------------------------------------------------------------
 # The fused op. A reader of the paper may stop here: dydila_attention computes dydila_reference by

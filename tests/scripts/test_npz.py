@@ -262,7 +262,8 @@ def resumed(begun, latents, whole, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sample_min, "generate", spy)
         sample_min.main([str(latents), *FLAGS, f"--out={out}"])
         assert same(out, whole) and [p.name for p in tmp_path.iterdir()] == ["s.npz"]
-        lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("sample [")]
+        usual = ("sample [", "attention: ")
+        lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith(usual)]
         return chunks, lines
 
     return call
@@ -357,12 +358,12 @@ def test_a_finished_file_whose_images_cannot_be_read_is_not_this_commands(finish
 
 
 def test_no_flip_in_a_finished_file_changes_what_is_believed(finished_file):
-    """600 flips of one to three bits: refused in one line, or every array is as it was."""
+    """200 flips of one to three bits: refused in one line, or every array is as it was."""
     out, says = finished_file
     before, good = out.read_bytes(), read(out)
     rng = np.random.default_rng(0)
     refused = 0
-    for _ in range(600):
+    for _ in range(200):
         out.write_bytes(before)
         for bit in rng.integers(8 * len(before), size=rng.integers(1, 4)):
             flip(out, int(bit))
@@ -372,8 +373,8 @@ def test_no_flip_in_a_finished_file_changes_what_is_believed(finished_file):
             now = read(out)
             assert all(a.tobytes() == b.tobytes() for a, b in zip(good[:2], now[:2]))
             assert good[2] == now[2]
-    print(f"600 mutations of a finished .npz: {refused} refused, {600 - refused} without effect")
-    assert refused > 500
+    print(f"200 mutations of a finished .npz: {refused} refused, {200 - refused} without effect")
+    assert refused > 166
 
 
 @pytest.fixture

@@ -116,3 +116,11 @@ def test_every_ablate_command_is_accepted(file, arguments, monkeypatch):
     monkeypatch.setattr(ablate, "report", lambda *_: "")
     ablate.main(arguments)
     assert planned
+
+
+def test_links_into_dydilit_lead_to_the_definitions():
+    lines = (ROOT / "dydilit.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(dydilit\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 8
+    for name, number in links:
+        assert re.match(rf"(def|class) {name}\b", lines[int(number) - 1]), (name, number)

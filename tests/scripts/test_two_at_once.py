@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -190,11 +191,13 @@ NAMES = ["train", "train --resume", "sample npz", "sample png", "export", "prepa
 
 
 def test_every_pair_of_commands_ends_well_or_in_one_line(commands, tmp_path):
-    """28 pairs, the second a moment after the first; the moment is drawn from a seed."""
+    """PAIRS=28 (default 5) of all pairs, the second a moment after the first; drawn from a seed."""
     assert NAMES == list(commands)
     rng = np.random.default_rng(0)
+    pairs = list(itertools.combinations_with_replacement(NAMES, 2))
+    drawn = rng.permutation(len(pairs))[: int(os.environ.get("PAIRS", 5))]
     ended = {"both well": 0, "one in a line": 0}
-    for number, names in enumerate(itertools.combinations_with_replacement(NAMES, 2)):
+    for number, names in ((n, pairs[n]) for n in drawn):
         folder = tmp_path / str(number)
         folder.mkdir()
         processes = []

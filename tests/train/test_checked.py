@@ -255,7 +255,8 @@ def test_an_export_that_is_killed_between_its_files_leaves_one_of_the_models(
         new.save_pretrained(folder)
     for read in (DyDiLiT.from_pretrained, load):
         found = read(folder)
-        assert (found.step, found.meta["classes"]) == (6, list("abcdefghij")) and same(found, old)
+        one = old if calls == 1 else new
+        assert found.step == one.step and same(found, one)
 
 
 def test_a_full_disk_leaves_the_export_of_before(model):
@@ -312,8 +313,10 @@ def test_a_merged_model_comes_back_as_the_same_function(model, tmp_path):
         block.attn.dwc.merge_()
     merged.save_pretrained(tmp_path / "merged")
     batch = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 10])
-    for read in (DyDiLiT.from_pretrained, load):
-        assert torch.equal(read(tmp_path / "merged")(*batch), merged(*batch))
+    assert torch.equal(load(tmp_path / "merged")(*batch), merged(*batch))
+    with pytest.raises(ValueError, match=r"dwc\.horizontal") as e:  # dydilit.py alone
+        DyDiLiT.from_pretrained(tmp_path / "merged")
+    assert "\n" not in str(e.value)
 
 
 # ----------------------------------------------------------------------------------------------
