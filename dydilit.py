@@ -412,7 +412,7 @@ class DyDiLiT(nn.Module):
         D = config.hidden_size
         self.config = config
         self.grid = (config.input_size // config.patch_size,) * 2
-        self.meta, self.step = {}, None  # of its training: the data's meta.json, steps done
+        self.meta, self.step = {}, None  # of its training: meta.json, steps done
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D)
@@ -681,7 +681,7 @@ class Training:
     micro_batch: int = 0  # images per forward pass of a process; 0: its whole share
     lr: float = 1e-4  # AdamW's learning rate; betas 0.9 and 0.999, no weight decay
     warmup: int = 0  # steps in which the learning rate rises to lr
-    decay: float = 0.0  # last part of the run, in which it falls linearly to 0; 0: constant
+    decay: float = 0.0  # last part of the run, in which it falls to 0; 0: constant
     ema_decay: float = 0.9999  # of the averaged weights, which are sampled from
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
     label_dropout: float = 0.1  # share of images that lose their label, for guidance
@@ -869,8 +869,8 @@ def distributed() -> tuple[int, int, torch.device]:
 
 @contextmanager
 def stop_signals() -> Iterator:
-    """A list that SIGINT, SIGTERM and SIGHUP join, in place of what they would do; empty outside
-    of the main thread, which alone may handle signals."""
+    """A list that SIGINT, SIGTERM and SIGHUP join, in place of what they would do. It stays empty
+    outside of the main thread."""
     received, before = [], {}
     hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
     nohup = signal.getsignal(hangup) == signal.SIG_IGN
@@ -902,7 +902,7 @@ def write_whole(path: str | Path, contents: bytes | Callable):
     beside = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as f:
-            f.write(contents) if isinstance(contents, bytes) else contents(f)
+            contents(f) if callable(contents) else f.write(contents)
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
