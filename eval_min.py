@@ -15,10 +15,10 @@ included. The figures are defined as in ADM's evaluator and in torch-fidelity; s
 public definition, is the KID of the features that sFID uses (evaluation/README.md).
 """
 
-import signal
+import support
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+    support.begin()
 
 import argparse
 import sys

@@ -13,10 +13,10 @@ stopped when the same command is started again. Latents are decoded by the autoe
 data set names. A second process with the same --out ends with a line that says which one writes.
 """
 
-import signal
+import support
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+    support.begin()
 
 import argparse
 import hashlib

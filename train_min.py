@@ -19,10 +19,10 @@ for that; where a step takes longer, start it with --shutdown-timeout=300. With 
 machines this needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment.
 """
 
-import signal
+import support
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the imports take seconds
+    support.begin()
 
 import argparse
 import math

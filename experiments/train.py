@@ -9,6 +9,11 @@ usage entropy of every router at each evaluation (probe.py). For readers who rep
 
 import sys
 
+import support
+
+if __name__ == "__main__":
+    support.begin()
+
 import train_min
 from experiments import baselines, probe
 from support.terminal import run
