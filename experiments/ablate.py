@@ -32,7 +32,7 @@ import torch
 import train_min
 from dydilit import PRESETS, Data, distributed
 from eval_min import evaluate
-from experiments import figures, pretrained
+from experiments import classifier, figures, pretrained
 from experiments.baselines import LADDER, VARIANTS, preset
 from experiments.costs import sampling_costs, training_costs
 from experiments.probe import DIFFERENCES, mean_lambda, routers, smoothness
@@ -74,12 +74,14 @@ COLUMNS = {
     "kid": "KID",
     "precision": "precision",
     "recall": "recall",
+    "feature_distance": "Frechet distance, features",
 }
 HALVES = {  # as eval_min.evaluate names the same figures of two halves of the real images
     "frechet_distance": "frechet_halves",
     "kid": "kid_halves",
     "precision": "precision_halves",
     "recall": "recall_halves",
+    "feature_distance": "feature_distance_halves",
 }
 PERCENT = ("class_accuracy", "precision", "recall")
 SIZES = ("depth", "heads", "shared_heads", "routed_heads")  # a variant's name leaves them open
@@ -253,6 +255,7 @@ def measured(out, data_dir, npz, device):
     try:
         with np.load(npz) as made:
             result |= evaluate(made["arr_0"], made["labels"], data_dir)
+            result |= classifier.judge(made["arr_0"], made["labels"], data_dir)
     except ValueError as e:  # the images are too large for figures of pixels
         result["not_evaluated"] = str(e)
     return result

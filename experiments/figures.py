@@ -6,9 +6,10 @@
     lambdas.png      Fig. 7: mean lambda against depth
     smoothness.png   oversmoothing: entropy and variance of the attention's rows in every block
     resolutions.png  Fig. 1: time and memory of one sampling step
+    tsne.png         Fig. 11: the features of the samples, by class
 
-`draw` makes the figures whose runs are finished. probe.py and costs.py measure what they show.
-Imports dydilit.py and this folder.
+`draw` makes the figures whose runs are finished. probe.py, costs.py and classifier.py measure what
+they show. Imports dydilit.py and this folder.
 """
 
 import json
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from dydilit import Data, Diffusion
-from experiments import pretrained
+from experiments import classifier, pretrained
 from experiments.probe import noisy, usage, watched
 
 RUNGS = {  # models of the ladder: their labels
@@ -334,6 +335,40 @@ def resolutions(path, points, where):
     return save(figure, path)
 
 
+def tsne(path, made, data_dir):
+    """Fig. 11: samples of {title: (images, labels)} as t-SNE places their features (classifier.py).
+
+    Above all classes, below the three that are hardest to tell apart; the real images come first.
+    The number is the mean silhouette of the features before t-SNE: 1 is far apart, 0 is mixed.
+    None if there are fewer than ten samples of a class.
+    """
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import silhouette_score
+
+    images, labels, meta = classifier.read(data_dir)
+    if any(np.bincount(y, minlength=len(meta["classes"])).min() < 10 for _, y in made.values()):
+        return None
+    model = classifier.fitted(str(data_dir))
+    most = max(len(y) for _, y in made.values())
+    some = np.random.default_rng(0).permutation(len(images))[:most]
+    alike = classifier.look_alikes(model.features(images), labels)
+    columns = {"real images": (images[some], labels[some])} | made
+    figure, axes = canvas(2, len(columns), 0.5 + 14 / len(columns))
+    for column, (title, (x, y)) in enumerate(columns.items()):
+        for row, classes in enumerate((np.unique(labels), alike)):
+            chosen = np.isin(y, classes)
+            features, kinds = model.features(x[chosen]), y[chosen]
+            points = TSNE(init="pca", random_state=0).fit_transform(features)
+            axis = axes[row, column]
+            axis.scatter(*points.T, c=kinds % 10, cmap="tab10", vmin=0, vmax=9, s=3)
+            apart = f"{silhouette_score(features, kinds):.2f}"
+            axis.set_title(f"{title}: {apart}" if row == 0 else apart)
+            axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("all classes")
+    axes[1, 0].set_ylabel(", ".join(meta["classes"][c] for c in alike))
+    return save(figure, path)
+
+
 def draw(out, by_model, folders, data_dir, points, where):
     """Draw into `out` every figure whose runs are there; their names.
 
@@ -372,9 +407,24 @@ def draw(out, by_model, folders, data_dir, points, where):
     learned = figures_of("lambda")
     if {"ladder-4-difference", "map-wise", "rising-lambda"} <= learned.keys():
         names.append(lambdas(out / "lambdas.png", learned))
+    made = samples_of(folders, ("DiT", "ladder-0-sana", "Sana", "MHLA", "DyDi-LiT"))
+    if made and "feature_distance" in next(iter(results.values()))[0]:
+        names.append(tsne(out / "tsne.png", made, data_dir))
     if points:
         names.append(resolutions(out / "resolutions.png", points, where))
     return [name for name in names if name]
+
+
+def samples_of(folders, models):
+    """{title: (images, labels)} of the samples of each model's first seed, if they are there."""
+    made = {}
+    for model in models:
+        seeds = [seed for name, seed in folders if name == model]
+        npz = folders[model, min(seeds)] / "samples.npz" if seeds else None
+        if npz and npz.exists():
+            with np.load(npz) as file:
+                made[RUNGS.get(model, model)] = file["arr_0"], file["labels"]
+    return made
 
 
 def read_log(folder):

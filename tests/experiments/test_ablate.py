@@ -19,7 +19,7 @@ from runs import ROOT, read_log
 
 import dydilit
 from eval_min import evaluate
-from experiments import ablate, costs, figures, pretrained
+from experiments import ablate, classifier, costs, figures, pretrained
 from experiments.baselines import VARIANTS, variant
 
 
@@ -61,6 +61,7 @@ def measured(finished, digits):
             folder = out / model / seed
             with np.load(folder / "samples.npz") as made:
                 found = evaluate(made["arr_0"], made["labels"], digits)
+                found |= classifier.judge(made["arr_0"], made["labels"], digits)
             found |= read_log(folder)[-1]
             for name in values:
                 values[name].append(found[name])
@@ -240,7 +241,8 @@ def test_data_without_held_out_images(latents, without_held_out):
     for title in ("held-out loss", "loss minus DyDi-LiT's"):
         assert row[title] == "-"
     assert row["memory, MiB"] == "12"
-    assert [path.name for path in out.glob("*.png")] == ["routes.png"]
+    drawn = ["routes.png"] if latents else ["routes.png", "tsne.png"]
+    assert sorted(path.name for path in out.glob("*.png")) == drawn
     text = (out / "ablate.md").read_text()
     assert "![routes.png](routes.png)" in text and "step: 8 images, bfloat16 autocast, " in text
     assert clips == {not latents}
@@ -327,7 +329,7 @@ def test_killed_and_continued_it_gives_the_same_table(finished, digits, tmp_path
     assert not (tmp_path / "ablate.md").exists()
 
     process = begin(tmp_path, digits)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=300)
     said = "".join(path.read_text() for path in tmp_path.rglob("output.txt"))
     assert process.returncode == 0, stderr + said
     assert "1/3  DyDi-LiT, seed 0: held-out loss" in stdout and "3/3  DyDi-LiT, seed 1" in stdout
