@@ -30,8 +30,8 @@ struct Core<__nv_bfloat16> {
 };
 
 // The router products run on the tensor cores, in bfloat16. Each float32 operand is split into a
-// sum of `parts` bfloat16 numbers: 2 parts keep 16 bits of it, 3 parts all 24. A token of type T is
-// exactly a sum of `token_parts`.
+// sum of `parts` bfloat16 numbers: 2 parts keep 16 bits of it, 3 parts all 24 (csrc/README.md says
+// what is left of them in a sum). A token of type T is exactly a sum of `token_parts`.
 template <class T>
 constexpr int parts = sizeof(T) == 2 ? 2 : 3;
 template <class T>
@@ -79,7 +79,7 @@ struct Denominator {
   float* partial;      // side 1: the sums that sum_keys adds up; null if there is no denominator
   const float* k_sum;  // side 0: from sum_keys
   float eps;
-  float* den;  // side 0: (rows), negative where Guard (phi.h) takes the floor; null if there is none
+  float* den;  // side 0: (rows), negative where Guard (phi.h) takes the floor; or null
 };
 
 // Eqs. 5 to 8 for side 0, which is Q and Q', or side 1, K and K': kernel_logits (4, rows, n_F),

@@ -443,7 +443,7 @@ def test_inputs_beyond_the_limits_are_refused(backend, message, shape, dtype):
         ops.attention_fwd(*x.values(), *OPTIONS)
 
 
-def test_every_kernel_that_cannot_start_is_an_error(emulated):
+def test_every_emulated_kernel_that_cannot_start_is_an_error(emulated):
     ops, _ = emulated
     x = random_op_inputs(1, 9, 24, 3, 4)
     ops.refuse(1000)
