@@ -75,7 +75,8 @@ def call_of(case, device):
     config = preset(case.model)
     side = config.patch_size * math.isqrt(case.tokens)
     config = replace(config, input_size=side)
-    model = config.build().train(case.what == "training").to(device)
+    with torch.device(device):  # draws the initial values there
+        model = config.build().train(case.what == "training")
     options = MODES[case.mode]
     net = model if options is None else torch.compile(model, **options)
     shape = (case.images, config.in_channels, side, side)
