@@ -231,7 +231,6 @@ SMALL = [  # B, N, D, n_F, n_D
     (1, 9, 512, 15, 15),
     (1, 9, 768, 21, 21),
     (1, 3, 1000, 3, 5),
-    (1, 520, 8, 2, 2),  # more than 64 tiles: their sums are added up in two steps
 ]
 LARGE = [
     (2, 256, 384, 9, 9),
@@ -301,6 +300,17 @@ def test_denominators_at_and_near_their_floor(backend, seed, dtype):
     times_floor = den / (1e-3 * dq.float().norm(dim=-1) * k_sum[:, -1:])
     assert (times_floor < 0).any() and ((times_floor > 1) & (times_floor < 10)).any()
     check(*backend, x)
+
+
+@pytest.mark.parametrize("N", [9, 512, 513])
+def test_the_sums_of_all_keys(backend, N):
+    """Beyond 64 tiles, 512 tokens, they are added up in two steps."""
+    ops, device = backend
+    q, k, q_prime, k_prime, v = (torch.randn(1, N, 4, device=device) for _ in TOKENS)
+    parameters = (torch.ones(shape, device=device) for shape in ((2,), (2,), (4, 4, 2), (2, 8, 2)))
+    _, _, dk, *_, k_sum, _ = ops.attention_fwd(q, k, q_prime, k_prime, v, *parameters, *OPTIONS)
+    assert torch.allclose(k_sum[:, :-1], dk.sum(1), rtol=1e-5, atol=1e-3)
+    assert torch.allclose(k_sum[:, -1], dk.norm(dim=-1).sum(1), rtol=1e-5)
 
 
 def test_lowest_index_wins_a_tie(backend):
