@@ -12,13 +12,15 @@
 // run.
 #include "cuda_kernels.cuh"
 
+#include <stdexcept>
+#include <string>
+
 #include "cuda_mma.cuh"
 #include "phi.h"
 
 namespace dydilit::cuda {
 namespace {
 
-constexpr int TILE = 8;           // tokens of a block, and of a fragment of the tensor core
 constexpr int MAX_THREADS = 384;  // of a block of the tile kernels: up to 168 registers each
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -33,7 +35,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchKernelEx(&config, kernel, arguments...);  // cuda_ops.cpp checks for errors
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: torch would report it again, at some later call
+  throw std::runtime_error(std::string("the fused op could not start a kernel: ") +
+                           cudaGetErrorString(error));
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -274,6 +280,13 @@ __device__ __forceinline__ void row_max(float (&x)[K], float* buffer, const Plac
     for (int w = 0; w < at.warps; w++) x[k] = fmaxf(x[k], buffer[(w * TILE + at.g) * K + k]);
 }
 
+// The sum of x over the 8 tokens of the tile, for lanes with the same t
+__device__ __forceinline__ float tile_sum(float x) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) x += __shfl_xor_sync(ALL, x, lanes);
+  return x;
+}
+
 // extremes = {the largest r, minus the smallest positive one} of z, as far as this thread has it
 template <int COLUMNS>
 __device__ __forceinline__ void extremes_of(const float (&z)[COLUMNS], float* extremes) {
@@ -328,10 +341,10 @@ __device__ __forceinline__ void put_partial(const float (&logits)[4], float* par
   mine[8 * TILE] = logits[2], mine[8 * TILE + 1] = logits[3];
 }
 
-// The sum of `partial` over the warps, into list (8, stride), and into out (rows, n) from row
-// `first`
+// The sum of `partial` over the warps, into list (8, stride), and into rows first .. end - 1 of
+// out (rows, n)
 __device__ __forceinline__ void sum_partial(const float* partial, int warps, int tile, int n,
-                                            float* list, int stride, int64_t first, int64_t rows,
+                                            float* list, int stride, int64_t first, int64_t end,
                                             float* out) {
   for (int e = threadIdx.x; e < 16 * TILE; e += blockDim.x) {
     const int choice = 16 * tile + e / TILE, token = e % TILE;
@@ -339,24 +352,26 @@ __device__ __forceinline__ void sum_partial(const float* partial, int warps, int
     for (int w = 0; w < warps; w++) sum += partial[w * 16 * TILE + e];
     if (choice >= n) continue;
     list[token * stride + choice] = sum;
-    if (first + token < rows) out[(first + token) * n + choice] = sum;
+    if (first + token < end) out[(first + token) * n + choice] = sum;
   }
 }
 
-// Eqs. 5 to 8. Grid (ceil(rows / 8), 2): blockIdx.y = 0 for Q and Q', 1 for K and K'. Block: 32
-// threads for every 64 (GROUPS = 2) or 128 (GROUPS = 4) columns. Each token is read once, and
-// nothing is computed twice. Shared memory: Shared, at most 40 KB.
+// Eqs. 5 to 8 for one side, and from d, before it is rounded, what Eq. 4 needs of it. Grid
+// (B tiles_of(N)): a tile has tokens of one image. Block: 32 threads for every 64 (GROUPS = 2) or
+// 128 (GROUPS = 4) columns. Each token is read once, and nothing is computed twice. Shared memory:
+// Shared, at most 40 KB.
 template <class T, int GROUPS>
 __global__ void __launch_bounds__(MAX_THREADS)
-    features_kernel(Features<T> in, float* kernel_logits, float* difference_logits,
-                    typename Core<T>::type* dq, typename Core<T>::type* dk) {
+    features_kernel(Features<T> in, int side, float* kernel_logits, float* difference_logits,
+                    typename Core<T>::type* d, Denominator denominator) {
   constexpr int P = parts<T>;
   extern __shared__ float shared[];
   const Place<GROUPS> at;
   const Shared memory(at.warps, in.n_F, in.n_D);
-  const int side = blockIdx.y, D = in.D;
-  const int64_t first = int64_t(blockIdx.x) * TILE, row = first + at.g;
-  const int width = row < in.rows ? D : 0;  // tokens beyond the last are rows of zeros
+  const int D = in.D, tiles = tiles_of(in.N), image = blockIdx.x / tiles;
+  const int64_t first = int64_t(image) * in.N + blockIdx.x % tiles * TILE, row = first + at.g,
+                end = int64_t(image + 1) * in.N;
+  const int width = row < end ? D : 0;  // tokens beyond the image's last are rows of zeros
   const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P},
       of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
 
@@ -382,7 +397,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
     __syncthreads();
     for (int prime = 0; prime < 2; prime++)
       sum_partial(shared + memory.partial() + prime * at.warps * 16 * TILE, at.warps, tile, in.n_F,
-                  shared + memory.kernel(prime), memory.stride_F, first, in.rows,
+                  shared + memory.kernel(prime), memory.stride_F, first, end,
                   kernel_logits + (side + 2 * prime) * in.rows * in.n_F);
     __syncthreads();
   }
@@ -425,7 +440,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
     put_partial(logits, shared + memory.partial(), at);
     __syncthreads();
     sum_partial(shared + memory.partial(), at.warps, tile, in.n_D, shared + memory.difference(),
-                memory.stride_D, first, in.rows, difference_logits + side * in.rows * in.n_D);
+                memory.stride_D, first, end, difference_logits + side * in.rows * in.n_D);
     __syncthreads();
   }
 
@@ -436,8 +451,37 @@ __global__ void __launch_bounds__(MAX_THREADS)
   for (int i = 0; i < 8 * GROUPS; i++) z[0][i] -= lam * z[1][i];
 #pragma unroll
   for (int group = 0; group < GROUPS; group++)
-    store((side ? dk : dq) + (width ? row : 0) * D, at.column(group), width, in.vector,
-          z[0] + 8 * group);
+    store(d + (width ? row : 0) * D, at.column(group), width, in.vector, z[0] + 8 * group);
+
+  if (side == 1 && denominator.partial != nullptr) {  // sums of Dk_j and |Dk_j| over the tile
+    float* partial = denominator.partial + int64_t(blockIdx.x) * (D + 1);
+    float square[1] = {0};
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) {
+      z[0][i] = width ? z[0][i] : 0.0f;  // a lambda or router may be NaN
+      square[0] += z[0][i] * z[0][i];
+      const float sum = tile_sum(z[0][i]);
+      const int column = at.column(i / 8) + i % 8;
+      if (at.g == 0 && column < D) partial[column] = sum;
+    }
+    row_sum(square, shared + memory.sums2(), at);
+    const float norms = tile_sum(sqrtf(square[0]));
+    if (threadIdx.x == 0) partial[D] = norms;
+  }
+  if (side == 0 && denominator.den != nullptr) {  // of Dq_i (Guard in phi.h)
+    const float* k_sum = denominator.k_sum + int64_t(image) * (D + 1);
+    float sums[2] = {0, 0};  // <Dq_i, K>, |Dq_i|^2
+#pragma unroll
+    for (int i = 0; i < 8 * GROUPS; i++) {
+      const int column = at.column(i / 8) + i % 8;
+      sums[0] += column < D ? z[0][i] * k_sum[column] : 0.0f;
+      sums[1] += z[0][i] * z[0][i];
+    }
+    row_sum(sums, shared + memory.sums2(), at);
+    const Guard<float> guard(sums[0], sqrtf(sums[1]), k_sum[D], denominator.eps);
+    if (at.warp == 0 && at.t == 0 && width)
+      denominator.den[row] = guard.open ? guard.den : -guard.den;
+  }
 }
 
 // The backward of the gate (phi.h), by one warp for the 8 tokens of a tile. `list` and `out` are
@@ -468,7 +512,8 @@ __device__ __forceinline__ float gate_backward(float* list, int n, int best, flo
   return gate(max);
 }
 
-// The backward of Eqs. 8 to 5. Grid and block as in features_kernel. The tokens are read again and
+// The backward of Eqs. 8 to 5. Grid (ceil(rows / 8), 2): blockIdx.y is the side. Block as in
+// features_kernel. The tokens are read again and
 // their powers computed again, first those of z': dlambda, and with it the gradient of the
 // difference router, which both z and z' need, depends on z~'. dDq (dDk) is read for both. Every
 // element of a result is written once, by its owner. Shared memory: Shared without `partial`, at
@@ -552,8 +597,8 @@ __global__ void __launch_bounds__(MAX_THREADS)
           grad.index[(4 + side) * rows + row] = best_D;
         }
       }
+      __syncthreads();
     }
-    __syncthreads();
     if (in.router_grad) {
       S* pair = grad.pair + (side * rows + safe_row) * 2 * D + prime * D;
 #pragma unroll
@@ -634,14 +679,16 @@ __global__ void __launch_bounds__(32 * WARPS)
     if (32 * k + lane < n) partial[warp * n + 32 * k + lane] = sums[k];
 }
 
-// sums (B, width) = the sum of partial (B, splits, width) over splits, in order. Grid (B,
-// ceil(width / 256)); a thread owns a column.
-__global__ void sum_partials_kernel(int splits, int width, const float* partial, float* sums) {
+// sums (B, groups, width) = the sum of partial (B, splits, width) over every `size` splits, in
+// order. Grid (B groups, ceil(width / 256)); a thread owns a column.
+__global__ void sum_partials_kernel(int splits, int groups, int size, int width,
+                                    const float* partial, float* sums) {
   const int j = blockIdx.y * blockDim.x + threadIdx.x;
   if (j >= width) return;
-  partial += int64_t(blockIdx.x) * splits * width + j;
+  const int first = blockIdx.x % groups * size, end = min(splits, first + size);
+  partial += int64_t(blockIdx.x / groups) * splits * width + j;
   float sum = 0;
-  for (int split = 0; split < splits; split++) sum += partial[int64_t(split) * width];
+  for (int split = first; split < end; split++) sum += partial[int64_t(split) * width];
   sums[int64_t(blockIdx.x) * width + j] = sum;
 }
 
@@ -706,28 +753,6 @@ __device__ __forceinline__ void block_total(const float (&columns)[COLUMNS], flo
   for (int j = threadIdx.x; j <= D; j += blockDim.x) out[j] = total[j];
 }
 
-// partial (B, splits, D + 1) = the sum of SPLIT rows of Dk and, as its last element, the sum of
-// their norms. Grid (B, splits), splits = ceil(N / SPLIT): a block owns SPLIT rows of one image,
-// warp w of it rows w, w + 8, ... Shared memory: D + 1 floats.
-template <class S, int CHUNKS>
-__global__ void __launch_bounds__(32 * WARPS, 2)
-    sum_keys_kernel(int N, int D, const S* dk, float* partial) {
-  extern __shared__ float shared[];
-  const int64_t image = blockIdx.x;
-  const int split = blockIdx.y, splits = gridDim.y, end = min(N, (split + 1) * SPLIT);
-  float columns[8 * CHUNKS] = {}, norms = 0;
-#pragma unroll 2
-  for (int i = split * SPLIT + int(threadIdx.x / 32); i < end; i += WARPS) {
-    float x[8 * CHUNKS];
-    load_row(dk + (image * N + i) * D, D, D % 8 == 0, x);
-    float square[1] = {dot(x, x)};
-    warp_sum(square);
-    add_scaled(1.0f, x, columns);
-    norms += sqrtf(square[0]);
-  }
-  block_total(columns, norms, D, shared, partial + (image * splits + split) * (D + 1));
-}
-
 // ddk += c + c_norm Dk / |Dk|, in place; c (B, D + 1) ends with c_norm
 template <class S, int CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS)
@@ -747,28 +772,7 @@ __global__ void __launch_bounds__(32 * WARPS)
   store_row(ddk + row * D, D, vector, gradient);
 }
 
-// den = the denominator of Eq. 4 (Guard in phi.h); out /= den, in place
-template <class S, int CHUNKS>
-__global__ void __launch_bounds__(32 * WARPS)
-    denominator_kernel(int64_t rows, int N, int D, const S* dq, const float* k_sum, float eps,
-                       float* den, S* out) {
-  const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
-  if (row >= rows) return;
-  k_sum += row / N * (D + 1);
-  const bool vector = D % 8 == 0;
-  float q[8 * CHUNKS], k[8 * CHUNKS], y[8 * CHUNKS], result[8 * CHUNKS] = {};
-  load_row(dq + row * D, D, vector, q);
-  load_row(out + row * D, D, vector, y);
-  load_row(k_sum, D, false, k);
-  float sums[2] = {dot(q, k), dot(q, q)};
-  warp_sum(sums);
-  const Guard<float> guard(sums[0], sqrtf(sums[1]), k_sum[D], eps);
-  if (threadIdx.x % 32 == 0) den[row] = guard.den;
-  add_scaled(1 / guard.den, y, result);
-  store_row(out + row * D, D, vector, result);
-}
-
-// y = x / den
+// y = x / |den|; y may be x
 template <class S, int CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS)
     divide_kernel(int64_t rows, int D, const S* x, const float* den, S* y) {
@@ -777,18 +781,19 @@ __global__ void __launch_bounds__(32 * WARPS)
   const bool vector = D % 8 == 0;
   float from[8 * CHUNKS], result[8 * CHUNKS] = {};
   load_row(x + row * D, D, vector, from);
-  add_scaled(1 / den[row], from, result);
+  add_scaled(1 / fabsf(den[row]), from, result);
   store_row(y + row * D, D, vector, result);
 }
 
 // The backward of den. out = num / den, and num is linear in Dq: with ddq, on entry the gradient
 // through num, dden = -<dnum, num> / den = -<ddq, Dq> / den. Then ddq += the gradient through den,
-// in place; partial (B, splits, D + 1) = the gradient of k_sum. Grid, rows and shared memory as in
-// sum_keys_kernel.
+// in place; partial (B, splits, D + 1) = the gradient of k_sum. Grid (B, splits), splits =
+// ceil(N / SPLIT): a block owns SPLIT rows of one image, warp w of it rows w, w + 8, ... Shared
+// memory: D + 1 floats.
 template <class S, int CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS)
-    denominator_backward_kernel(int N, int D, const S* dq, const float* k_sum, float eps, S* ddq,
-                                float* partial) {
+    denominator_backward_kernel(int N, int D, const S* dq, const float* k_sum, const float* den,
+                                S* ddq, float* partial) {
   extern __shared__ float shared[];
   const int64_t image = blockIdx.x;
   const int split = blockIdx.y, splits = gridDim.y, end = min(N, (split + 1) * SPLIT);
@@ -796,23 +801,22 @@ __global__ void __launch_bounds__(32 * WARPS)
   k_sum += image * (D + 1);
   float c[8 * CHUNKS] = {}, c_norm = 0;
   for (int i = split * SPLIT + int(threadIdx.x / 32); i < end; i += WARPS) {
+    const int64_t row = image * N + i;
     float q[8 * CHUNKS], k[8 * CHUNKS], gradient[8 * CHUNKS];
-    load_row(dq + (image * N + i) * D, D, vector, q);
-    load_row(ddq + (image * N + i) * D, D, vector, gradient);
+    load_row(dq + row * D, D, vector, q);
+    load_row(ddq + row * D, D, vector, gradient);
     load_row(k_sum, D, false, k);
-    float sums[3] = {dot(q, k), dot(q, q), dot(gradient, q)};
+    float sums[2] = {dot(q, q), dot(gradient, q)};
     warp_sum(sums);
-    const float norm = sqrtf(sums[1]);
-    const Guard<float> guard(sums[0], norm, k_sum[D], eps);
-    const float dden = -sums[2] / guard.den;
-    if (guard.open) {  // den = <Dq, k_sum> + eps
+    const float norm = sqrtf(sums[0]), dden = -sums[1] / fabsf(den[row]);
+    if (!(den[row] < 0)) {  // den = <Dq, k_sum> + eps
       add_scaled(dden, k, gradient);
       add_scaled(dden, q, c);
     } else {  // den = 1e-3 |Dq| sum |Dk| + eps
       add_scaled(norm > 0 ? 1e-3f * dden * k_sum[D] / norm : 0.0f, q, gradient);
       c_norm += 1e-3f * dden * norm;
     }
-    store_row(ddq + (image * N + i) * D, D, vector, gradient);
+    store_row(ddq + row * D, D, vector, gradient);
   }
   block_total(c, c_norm, D, shared, partial + (image * splits + split) * (D + 1));
 }
@@ -835,14 +839,15 @@ void split_routers(const float* routers, int D, int n, int parts, bool transpose
 }
 
 template <class T>
-void features(const Features<T>& in, float* kernel_logits, float* difference_logits,
-              typename Core<T>::type* dq, typename Core<T>::type* dk, cudaStream_t stream) {
+void features(const Features<T>& in, int side, float* kernel_logits, float* difference_logits,
+              typename Core<T>::type* d, const Denominator& denominator, cudaStream_t stream) {
   const int warps = warps_of(in.D);
   const size_t shared =
       (Shared(warps, in.n_F, in.n_D).partial() + 2 * warps * 16 * TILE) * sizeof(float);
   const auto kernel = groups_per_warp(in.D) == 2 ? features_kernel<T, 2> : features_kernel<T, 4>;
-  launch(kernel, dim3(unsigned(ceil_div(in.rows, TILE)), 2), 32 * warps, shared, stream, in,
-         kernel_logits, difference_logits, dq, dk);
+  const int64_t images = in.N ? in.rows / in.N : 0;
+  launch(kernel, dim3(unsigned(images * tiles_of(in.N))), 32 * warps, shared, stream, in, side,
+         kernel_logits, difference_logits, d, denominator);
 }
 
 template <class T>
@@ -857,29 +862,31 @@ void features_backward(const Features<T>& in, const FeatureGradients<T>& grad,
 
 int bin_sums_partial(int n) { return BIN_BLOCKS * WARPS * n; }
 
-static void sum_partials(int B, int splits, int width, const float* partial, float* sums,
+// sums (B, groups, width), where each group has `size` splits
+static void sum_partials(int B, int splits, int size, int width, const float* partial, float* sums,
                          cudaStream_t stream) {
-  launch(sum_partials_kernel, dim3(unsigned(B), unsigned(ceil_div(width, 256))), 256, 0, stream,
-         splits, width, partial, sums);
+  const int groups = splits > size ? int(ceil_div(splits, size)) : 1;
+  launch(sum_partials_kernel, dim3(unsigned(B * groups), unsigned(ceil_div(width, 256))), 256, 0,
+         stream, splits, groups, size, width, partial, sums);
+}
+
+int64_t sum_keys_partial(int B, int N, int D) {
+  return B * (tiles_of(N) + ceil_div(tiles_of(N), SPLIT)) * (D + 1);
+}
+
+void sum_keys(int B, int N, int D, float* partial, float* k_sum, cudaStream_t stream) {
+  const int tiles = tiles_of(N), groups = int(ceil_div(tiles, SPLIT));
+  float* of_group = partial + int64_t(B) * tiles * (D + 1);
+  if (groups > 1) sum_partials(B, tiles, SPLIT, D + 1, partial, of_group, stream);
+  if (groups > 1) sum_partials(B, groups, groups, D + 1, of_group, k_sum, stream);
+  else sum_partials(B, tiles, SPLIT, D + 1, partial, k_sum, stream);
 }
 
 void bin_sums(int64_t count, int n, const int* index, const float* values, float* partial,
               float* sums, cudaStream_t stream) {
   launch(bin_sums_kernel, dim3(BIN_BLOCKS), 32 * WARPS, 0, stream, count, n, index, values,
          partial);
-  sum_partials(1, BIN_BLOCKS * WARPS, n, partial, sums, stream);
-}
-
-template <class S>
-void Rows<S>::sum_keys(int B, int N, int D, const S* dk, float* partial, float* k_sum,
-                       cudaStream_t stream) {
-  const int splits = int(ceil_div(N, SPLIT));
-  const auto kernel = D <= 512    ? sum_keys_kernel<S, 2>
-                      : D <= 1024 ? sum_keys_kernel<S, 4>
-                                  : sum_keys_kernel<S, 6>;
-  launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream,
-         N, D, dk, partial);
-  sum_partials(B, splits, D + 1, partial, k_sum, stream);
+  sum_partials(1, BIN_BLOCKS * WARPS, BIN_BLOCKS * WARPS, n, partial, sums, stream);
 }
 
 template <class S>
@@ -894,17 +901,6 @@ void Rows<S>::sum_keys_backward(int B, int N, int D, const S* dk, const float* c
 }
 
 template <class S>
-void Rows<S>::denominator(int B, int N, int D, const S* dq, const float* k_sum, float eps,
-                          float* den, S* out, cudaStream_t stream) {
-  const int64_t rows = int64_t(B) * N;
-  const auto kernel = D <= 512    ? denominator_kernel<S, 2>
-                      : D <= 1024 ? denominator_kernel<S, 4>
-                                  : denominator_kernel<S, 6>;
-  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, N, D, dq,
-         k_sum, eps, den, out);
-}
-
-template <class S>
 void Rows<S>::divide(int B, int N, int D, const S* x, const float* den, S* y, cudaStream_t stream) {
   const int64_t rows = int64_t(B) * N;
   const auto kernel = D <= 512    ? divide_kernel<S, 2>
@@ -914,20 +910,21 @@ void Rows<S>::divide(int B, int N, int D, const S* x, const float* den, S* y, cu
 }
 
 template <class S>
-void Rows<S>::denominator_backward(int B, int N, int D, const S* dq, const float* k_sum, float eps,
-                                   S* ddq, float* partial, float* c, cudaStream_t stream) {
+void Rows<S>::denominator_backward(int B, int N, int D, const S* dq, const float* k_sum,
+                                   const float* den, S* ddq, float* partial, float* c,
+                                   cudaStream_t stream) {
   const int splits = int(ceil_div(N, SPLIT));
   const auto kernel = D <= 512    ? denominator_backward_kernel<S, 2>
                       : D <= 1024 ? denominator_backward_kernel<S, 4>
                                   : denominator_backward_kernel<S, 6>;
   launch(kernel, dim3(unsigned(B), unsigned(splits)), 32 * WARPS, (D + 1) * sizeof(float), stream,
-         N, D, dq, k_sum, eps, ddq, partial);
-  sum_partials(B, splits, D + 1, partial, c, stream);
+         N, D, dq, k_sum, den, ddq, partial);
+  sum_partials(B, splits, splits, D + 1, partial, c, stream);
 }
 
 #define INSTANTIATE(T)                                                                          \
-  template void features<T>(const Features<T>&, float*, float*, Core<T>::type*, Core<T>::type*, \
-                            cudaStream_t);                                                      \
+  template void features<T>(const Features<T>&, int, float*, float*, Core<T>::type*,            \
+                            const Denominator&, cudaStream_t);                                  \
   template void features_backward<T>(const Features<T>&, const FeatureGradients<T>&, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(__half)

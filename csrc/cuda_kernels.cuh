@@ -13,7 +13,10 @@
 
 namespace dydilit::cuda {
 
-constexpr int SPLIT = 64;  // a block sums this many rows of one image; then the sums are added
+constexpr int SPLIT = 64;  // a thread or block sums this many rows of one image, or sums of rows
+constexpr int MAX_TOKENS = 65535 * SPLIT;  // of N: a grid has at most 65535 blocks in y
+constexpr int TILE = 8;  // tokens of a block, and of a fragment of the tensor core
+__host__ __device__ constexpr int tiles_of(int N) { return (N + TILE - 1) / TILE; }
 
 // The type of Dq, Dk and the operands of the large products, for tokens of type T. bfloat16 stays
 // bfloat16; float16 becomes float32, because the products leave float16's range.
@@ -27,8 +30,8 @@ struct Core<__nv_bfloat16> {
 };
 
 // The router products run on the tensor cores, in bfloat16. Each float32 operand is split into a
-// sum of `parts` bfloat16 numbers: 2 parts keep 16 bits of it, 3 parts all 24. A token of type T is
-// exactly a sum of `token_parts`.
+// sum of `parts` bfloat16 numbers: 2 parts keep 16 bits of it, 3 parts all 24 (csrc/README.md says
+// what is left of them in a sum). A token of type T is exactly a sum of `token_parts`.
 template <class T>
 constexpr int parts = sizeof(T) == 2 ? 2 : 3;
 template <class T>
@@ -56,7 +59,7 @@ template <class T>
 struct Features {  // the arguments that `features` and `features_backward` share
   using S = typename Core<T>::type;
   int64_t rows;  // B N
-  int D, n_F, n_D;
+  int N, D, n_F, n_D;
   bool vector;               // D % 8 == 0, and the address of every row is a multiple of 16
   bool router_grad;          // choices have gates; if false, pair and the dlogits are not written
   Tokens<T> z[4];            // Q, K, Q', K'
@@ -71,11 +74,24 @@ int64_t fragments(int D, int n, int parts);  // the number of uint4 that split_r
 void split_routers(const float* routers, int D, int n, int parts, bool transposed, uint4* fragments,
                    cudaStream_t stream);
 
-// Eqs. 5 to 8: kernel_logits (4, rows, n_F), difference_logits (2, rows, n_D),
-// dq = Q~ - lambda Q~' (rows, D), dk = K~ - lambda K~' (rows, D)
+// What `features` finds for Eq. 4 in Dq and Dk before they are rounded
+struct Denominator {
+  float* partial;      // side 1: the sums that sum_keys adds up; null if there is no denominator
+  const float* k_sum;  // side 0: from sum_keys
+  float eps;
+  float* den;  // side 0: (rows), negative where Guard (phi.h) takes the floor; or null
+};
+
+// Eqs. 5 to 8 for side 0, which is Q and Q', or side 1, K and K': kernel_logits (4, rows, n_F),
+// difference_logits (2, rows, n_D), d = z~ - lambda z~' (rows, D)
 template <class T>
-void features(const Features<T>& in, float* kernel_logits, float* difference_logits,
-              typename Core<T>::type* dq, typename Core<T>::type* dk, cudaStream_t stream);
+void features(const Features<T>& in, int side, float* kernel_logits, float* difference_logits,
+              typename Core<T>::type* d, const Denominator& denominator, cudaStream_t stream);
+
+// k_sum (B, D + 1) = sum_j Dk_j and, as its last element, sum_j |Dk_j|, from `partial`, which has
+// sum_keys_partial floats
+int64_t sum_keys_partial(int B, int N, int D);
+void sum_keys(int B, int N, int D, float* partial, float* k_sum, cudaStream_t stream);
 
 template <class T>
 struct FeatureGradients {
@@ -102,21 +118,16 @@ void bin_sums(int64_t count, int n, const int* index, const float* values, float
 // (B, D + 1); partial is scratch of B * ceil(N / SPLIT) * (D + 1) floats.
 template <class S>
 struct Rows {
-  // k_sum = sum_j Dk_j and, as its last element, sum_j |Dk_j|
-  static void sum_keys(int B, int N, int D, const S* dk, float* partial, float* k_sum,
-                       cudaStream_t stream);
-  // ddk_j += c + c_norm Dk_j / |Dk_j|
-  static void sum_keys_backward(int B, int N, int D, const S* dk, const float* c, S* ddk,
-                                cudaStream_t stream);
-  // den (B, N); out /= den
-  static void denominator(int B, int N, int D, const S* dq, const float* k_sum, float eps,
-                          float* den, S* out, cudaStream_t stream);
-  // y = x / den
+  // y = x / |den|
   static void divide(int B, int N, int D, const S* x, const float* den, S* y, cudaStream_t stream);
   // ddq: on entry the gradient that reaches Dq through the numerator, on exit the whole gradient.
   // c = the gradient of k_sum
-  static void denominator_backward(int B, int N, int D, const S* dq, const float* k_sum, float eps,
-                                   S* ddq, float* partial, float* c, cudaStream_t stream);
+  static void denominator_backward(int B, int N, int D, const S* dq, const float* k_sum,
+                                   const float* den, S* ddq, float* partial, float* c,
+                                   cudaStream_t stream);
+  // ddk_j += c + c_norm Dk_j / |Dk_j|
+  static void sum_keys_backward(int B, int N, int D, const S* dk, const float* c, S* ddk,
+                                cudaStream_t stream);
 };
 
 }  // namespace dydilit::cuda

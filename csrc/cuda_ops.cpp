@@ -5,7 +5,6 @@
 // If q is bfloat16, so are dq, dk and attn (`Core` in cuda_kernels.cuh). On the CPU they are then
 // float32.
 #include <ATen/ATen.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -73,6 +72,7 @@ struct Inputs {
         kernel_fragments(split(kernel_routers, s.D, s.n_F, transposed, stream)),
         difference_fragments(split(difference_routers, s.D, s.n_D, transposed, stream)) {
     features = {s.B * s.N,
+                int(s.N),
                 int(s.D),
                 int(s.n_F),
                 int(s.n_D),
@@ -113,26 +113,27 @@ Forward forward(const Shape& s, const Inputs<T>& inputs, const Tensor& v_, bool 
   const auto wide = v_.options().dtype(at::kFloat), core = v_.options().dtype(dtype_of<S>);
   Tensor kernel_logits = at::empty({4, B, N, s.n_F}, wide),
          difference_logits = at::empty({2, B, N, s.n_D}, wide);
-  Tensor dq = at::empty({B, N, D}, core), dk = at::empty({B, N, D}, core);
-  // Eqs. 5 to 7, and the differences of Eq. 8
-  cuda::features(inputs.features, pointer<float>(kernel_logits), pointer<float>(difference_logits),
-                 pointer<S>(dq), pointer<S>(dk), stream);
+  Tensor dq = at::empty({B, N, D}, core), dk = at::empty({B, N, D}, core),
+         k_sum = at::empty({normalize ? B : 0, D + 1}, wide),
+         den = at::empty({normalize ? B : 0, N}, wide);
+  // Eqs. 5 to 7, the differences of Eq. 8, and the denominator of Eq. 4: keys first
+  cuda::Denominator denominator{};
+  Tensor partial = at::empty({normalize ? cuda::sum_keys_partial(B, N, D) : 0}, wide);
+  if (normalize)
+    denominator = {pointer<float>(partial), const_pointer<float>(k_sum), eps, pointer<float>(den)};
+  cuda::features(inputs.features, 1, pointer<float>(kernel_logits),
+                 pointer<float>(difference_logits), pointer<S>(dk), denominator, stream);
+  if (normalize) cuda::sum_keys(B, N, D, pointer<float>(partial), pointer<float>(k_sum), stream);
+  cuda::features(inputs.features, 0, pointer<float>(kernel_logits),
+                 pointer<float>(difference_logits), pointer<S>(dq), denominator, stream);
 
   const Tensor v = even_rows(v_).to(dtype_of<S>);
   // num = (Dq Dk^T) V or Dq (Dk^T V) (Eq. 8)
   const Tensor attn = s.tokens_first ? at::bmm(dq, dk.mT()) : at::bmm(dk.mT(), v);
   Tensor out = s.tokens_first ? at::bmm(attn, v) : at::bmm(dq, attn);
-
-  Tensor k_sum = at::empty({normalize ? B : 0, D + 1}, wide),
-         den = at::empty({normalize ? B : 0, N}, wide);
-  if (normalize) {  // out / den (Eq. 4)
-    Tensor partial = partial_sums(s, wide);
-    cuda::Rows<S>::sum_keys(B, N, D, const_pointer<S>(dk), pointer<float>(partial),
-                            pointer<float>(k_sum), stream);
-    cuda::Rows<S>::denominator(B, N, D, const_pointer<S>(dq), const_pointer<float>(k_sum), eps,
-                               pointer<float>(den), pointer<S>(out), stream);
-  }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (normalize)  // out / den (Eq. 4)
+    cuda::Rows<S>::divide(B, N, D, const_pointer<S>(out), const_pointer<float>(den),
+                          pointer<S>(out), stream);
   return {out.to(v_.scalar_type()), dq, dk, attn, kernel_logits, difference_logits, k_sum, den};
 }
 
@@ -154,7 +155,7 @@ Tensor router_gradient(const Tensor& x, const Tensor& dlogits, int64_t n) {
 
 template <class T>
 Backward backward(const Shape& s, const Inputs<T>& inputs, const Tensor& dout_, const Tensor& v_,
-                  bool normalize, bool router_grad, float eps, const Tensor& dq_, const Tensor& dk_,
+                  bool normalize, bool router_grad, const Tensor& dq_, const Tensor& dk_,
                   const Tensor& attn, const Tensor& kernel_logits, const Tensor& difference_logits,
                   const Tensor& k_sum, const Tensor& den, cudaStream_t stream) {
   using S = typename cuda::Core<T>::type;
@@ -186,8 +187,8 @@ Backward backward(const Shape& s, const Inputs<T>& inputs, const Tensor& dout_, 
   if (normalize) {  // the gradients that flow through the denominator of Eq. 4
     Tensor partial = partial_sums(s, wide), c = at::empty({B, D + 1}, wide);
     cuda::Rows<S>::denominator_backward(B, N, D, const_pointer<S>(dq), const_pointer<float>(k_sum),
-                                        eps, pointer<S>(ddq), pointer<float>(partial),
-                                        pointer<float>(c), stream);
+                                        const_pointer<float>(den), pointer<S>(ddq),
+                                        pointer<float>(partial), pointer<float>(c), stream);
     cuda::Rows<S>::sum_keys_backward(B, N, D, const_pointer<S>(dk), const_pointer<float>(c),
                                      pointer<S>(ddk), stream);
   }
@@ -223,7 +224,6 @@ Backward backward(const Shape& s, const Inputs<T>& inputs, const Tensor& dout_, 
   cuda::bin_sums(2 * rows, int(s.n_D), const_pointer<int>(index) + 4 * rows,
                  const_pointer<float>(dchosen) + 4 * rows, pointer<float>(partial),
                  pointer<float>(dlam), stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
 
   Tensor dkernel_routers = at::zeros({4, D, s.n_F}, wide),
          ddifference_routers = at::zeros({2, 2 * D, s.n_D}, wide);
@@ -245,6 +245,8 @@ Backward backward(const Shape& s, const Inputs<T>& inputs, const Tensor& dout_, 
 }
 
 Shape check_limits(const Shape& s) {
+  TORCH_CHECK(s.N <= cuda::MAX_TOKENS, "the fused op on CUDA takes N up to ", cuda::MAX_TOKENS,
+              ", got ", s.N);
   TORCH_CHECK(s.D <= cuda::MAX_WIDTH, "the fused op on CUDA takes D up to ", cuda::MAX_WIDTH,
               ", got ", s.D);
   TORCH_CHECK(s.n_F <= cuda::MAX_CHOICES && s.n_D <= cuda::MAX_CHOICES,
@@ -280,7 +282,7 @@ Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, con
                        const Tensor& k_prime, const Tensor& v, const Tensor& gamma,
                        const Tensor& lam, const Tensor& kernel_routers,
                        const Tensor& difference_routers, bool normalize, bool router_grad,
-                       double eps, const Tensor& dq, const Tensor& dk, const Tensor& attn,
+                       double /*eps*/, const Tensor& dq, const Tensor& dk, const Tensor& attn,
                        const Tensor& kernel_logits, const Tensor& difference_logits,
                        const Tensor& k_sum, const Tensor& den) {
   const Shape s = check(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers);
@@ -291,7 +293,7 @@ Backward attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, con
     const Environment here(q);
     const Inputs<decltype(type)> inputs(s, q, k, q_prime, k_prime, gamma, lam, kernel_routers,
                                         difference_routers, router_grad, true, here.stream);
-    return backward(s, inputs, dout, v, normalize, router_grad, float(eps), dq, dk, attn,
+    return backward(s, inputs, dout, v, normalize, router_grad, dq, dk, attn,
                     kernel_logits.contiguous(), difference_logits.contiguous(), k_sum.contiguous(),
                     den.contiguous(), here.stream);
   });

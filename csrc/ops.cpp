@@ -39,7 +39,8 @@ TORCH_LIBRARY(dydilit, m) {
       "Tensor kernel_logits, "             // (4, B, N, n_F), wide
       "Tensor difference_logits, "         // (2, B, N, n_D), wide
       "Tensor k_sum, "                     // (B, D + 1), wide: sum_j Dk_j, sum_j |Dk_j|
-      "Tensor den)");                      // (B, N), wide; k_sum and den are empty unless normalize
+      "Tensor den)");                      // (B, N), wide; CUDA: negative where it is the floor;
+                                           // k_sum and den are empty unless normalize
   m.def(
       "attention_bwd("
       "Tensor dout, "                      // (B, N, D), q's dtype

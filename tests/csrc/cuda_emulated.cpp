@@ -4,9 +4,10 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "cuda_emulator.h"
 // The part of c10::cuda that cuda_ops.cpp uses. test_cuda.py writes empty headers of these names.
-#define C10_CUDA_KERNEL_LAUNCH_CHECK()
 namespace c10::cuda {
 struct CUDAGuard {
   explicit CUDAGuard(Device) {}
@@ -19,4 +20,8 @@ inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
 #include "cuda_ops.cpp"
 
 static void seed(int64_t value) { emulator::order.seed(unsigned(value)); }
-TORCH_LIBRARY_FRAGMENT(dydilit, m) { m.def("seed(int value) -> ()", &seed); }
+static int64_t refuse(int64_t launch) { return std::exchange(emulator::until_refused, launch); }
+TORCH_LIBRARY_FRAGMENT(dydilit, m) {
+  m.def("seed(int value) -> ()", &seed);
+  m.def("refuse(int launch) -> int", &refuse);
+}

@@ -236,12 +236,22 @@ struct cudaLaunchConfig_t {
   size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
+
+namespace emulator {
+inline int64_t until_refused = -1;  // launches until one is refused; negative: none is
+}
+
 template <class... Parameters, class... Arguments>
-void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                        Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   if (config->dynamicSmemBytes > dydilit::cuda::SHARED_BYTES)
     emulator::fail("more than 48 KB of shared memory");
   if (config->blockDim.x > 1024) emulator::fail("more than 1024 threads");
+  if (config->gridDim.y > 65535) emulator::fail("more than 65535 blocks in y");
+  if (emulator::until_refused-- == 0) return cudaErrorInvalidConfiguration;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   emulator::body = [&] { kernel(arguments...); };
@@ -252,6 +262,7 @@ void cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Paramet
       if (!dydilit::cuda::shared_is_poisoned_from(config->dynamicSmemBytes))
         emulator::fail("shared memory overrun");
     }
+  return cudaSuccess;
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -147,6 +147,28 @@ def test_where_no_test_ran_on_the_gpu_the_step_fails():
     assert check_gpu.verdict("test", 0, "10 passed, 3 skipped in 9.87s") == "ok"
 
 
+ROW = "| training | S/2 | 256 | 64 | eager | 30.00 | 2133 | 9.00 | 1.0 |"
+BROKEN = "| training | S/2 | 256 | 64 | compiled | failed: RuntimeError: no | | | |"
+
+
+@pytest.mark.parametrize(
+    "script, said",
+    [
+        (f"echo '{ROW}'", "all steps passed"),
+        (f"echo '{ROW}'; sleep 60", "models cut short at its time limit"),
+        (f"echo '{ROW}'; echo '{BROKEN}'", "models ok, but 1 of 2 rows failed"),
+        ("sleep 60", "models FAILED, stopped at its time limit"),
+        (f"echo '{ROW}'; exit 3", "models FAILED, exit status 3"),
+    ],
+)
+def test_what_the_models_step_measured_is_kept(script, said, fake_gpu, capsys):
+    code, report, last = fake_gpu(capsys, models=shell(script, 1))
+    assert last == f"out/gpu-A-GPU.md: {said}"
+    assert code == ("FAILED" in said)
+    if not code:
+        assert f"\n\n{ROW}\n" in report, "a table, not a log"
+
+
 THIS = torch.__version__.split("+")[0]
 
 
