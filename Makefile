@@ -2,7 +2,8 @@
 # make test    every test, on the CPU; `.venv/bin/python -m pytest` runs the quick ones alone
 # make bench   speed of the attention and of a training step on this machine
 # make ablate  the ablations on the digits, three seeds: tables and figures (30 to 40 minutes)
-# make gpu     on a machine with a GPU: build with CUDA, CUDA tests, sanitizers, benchmark
+# make gpu     on a machine with a GPU: build with CUDA, CUDA tests, sanitizers, times of the op
+#              and of whole models beside DiT and Sana
 #              (PYTHON=python3 takes that interpreter's torch instead of .venv's)
 # make lint    ruff
 # make clean   remove what the others made, except out/, which holds trained models

@@ -6,7 +6,7 @@
     test        the tests of tests/test_fused.py and tests/csrc/test_cuda.py that need a GPU
     kernels     the time of every kernel in one forward and backward, against a measured copy
     bench       csrc/bench.py at the training shape of S/2: Python path, torch.compile, softmax
-    models      csrc/bench_models.py: steps of whole models beside DiT and Sana, as many as fit
+    models      experiments/on_gpu.py: steps of whole models beside DiT and Sana, as many as fit
     sizes       csrc/bench.py at longer and wider shapes, without torch.compile, and a plot over N
     memcheck    compute-sanitizer on small shapes: accesses out of bounds or misaligned
     racecheck   the same for races in shared memory
@@ -77,7 +77,7 @@ def steps(stem):
         "test": Step(test, 95),  # 45 s of a CPU for inputs and references
         "kernels": Step([*THIS, "kernels"], 25),
         "bench": Step([*bench, "--size", "256", "256", "384", "9"], 65),  # torch.compile, twice
-        "models": Step([PYTHON, "-m", "csrc.bench_models"], 80),
+        "models": Step([PYTHON, "-m", "experiments.on_gpu"], 80),
         "sizes": Step([*bench, "--no-compile", "--plot", f"{stem}.png"], 35),
         "memcheck": Step([*sanitizer, "memcheck", "--padding", "32", *THIS, "small"], 40, uncached),
         "racecheck": Step([*sanitizer, "racecheck", *THIS, "small"], 40, uncached),

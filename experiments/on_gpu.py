@@ -1,6 +1,6 @@
 """Speed of whole models on a GPU: DyDi-LiT beside DiT with flash attention, and Sana.
 
-    python -m csrc.bench_models        # a Markdown table; each row is printed when it is known
+    python -m experiments.on_gpu        # a Markdown table; each row is printed when it is known
 
 training    a step without data: loss, backward, AdamW
 sampling    one evaluation of the network; a sample needs as many as its sampler has steps
@@ -142,7 +142,7 @@ def table(rows, device, repeats):
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python -m csrc.bench_models",
+        prog="python -m experiments.on_gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
