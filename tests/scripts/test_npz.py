@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import CONFIG, finish, torchrun
+from runs import CONFIG, finish, forked, torchrun
 from sampling import FLAGS, differ, read
 from util import save_vae
 
@@ -126,15 +126,11 @@ def killed(after, latents, out):
         done.append(1)
         return original(*args, **kwargs)
 
-    child = os.fork()
-    if child == 0:
+    def sample():
         sample_min.generate = generate
-        try:
-            sample_min.main([str(latents), *FLAGS, f"--out={out}"])
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        sample_min.main([str(latents), *FLAGS, f"--out={out}"])
+
+    assert forked(sample) == -signal.SIGKILL
 
 
 def marks(out):
