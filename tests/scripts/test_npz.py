@@ -298,6 +298,17 @@ def test_images_that_were_cut_short_are_made_anew(resumed, kept):
     assert chunks == [0, 1, 2] and "is begun anew: images.npy is damaged" in line
 
 
+def test_images_whose_header_is_torn_are_made_anew(resumed):
+    """numpy reads a header as Python, and may raise an error of Python's tokenizer."""
+
+    def damage(folder):
+        file = folder / "images.npy"
+        file.write_bytes(file.read_bytes().replace(b"), }", b"   }", 1))
+
+    chunks, (line,) = resumed(damage)
+    assert chunks == [0, 1, 2] and "is begun anew: images.npy is damaged" in line
+
+
 def test_images_of_another_shape_are_made_anew(resumed):
     other = np.zeros((11, 16, 16, 1), np.uint8)
     chunks, (line,) = resumed(lambda folder: np.save(folder / "images.npy", other))
