@@ -1,5 +1,6 @@
 # make train   the digits, from nothing to samples (about ten minutes on two cores)
-# make test    every test, on the CPU; `.venv/bin/python -m pytest` runs the quick ones alone
+# make test    every test, on the CPU, a process a core; `.venv/bin/python -m pytest` runs the
+#              quick ones alone
 # make bench   speed of the attention and of a training step on this machine
 # make ablate  the ablations on the digits, three seeds: tables and figures (30 to 40 minutes)
 # make gpu     on a machine with a GPU: build with CUDA, CUDA tests, sanitizers, times of the op
@@ -37,8 +38,9 @@ ext: .venv/ext
 train: setup ext
 	$(BIN)/torchrun train_min.py --resume
 
+# Four processes at most: each takes half a gigabyte, and the longest tests bound the time.
 test: setup ext lint
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 bench: setup ext
 	$(BIN)/python -m csrc.bench

@@ -1,6 +1,6 @@
 """A .npy file that may be damaged or claim anything: its header is compared with its size first.
 
-For support/prepared.py and evaluation/images.py. Imports numpy only.
+For support/prepared.py, support/shards.py and evaluation/images.py. Imports numpy only.
 """
 
 import math

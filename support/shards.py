@@ -1,6 +1,6 @@
 """An .npz of any size, made in chunks by any number of processes, that goes on after a kill.
 
-For sample_min.py. Imports dydilit.py, numpy and support/processes.py.
+For sample_min.py. Imports dydilit.py, numpy, support/npy.py and support/processes.py.
 
 While it is made, a folder OUT.partial lies beside the file:
     settings.json   what decides the images; another run with other settings is refused
@@ -24,6 +24,7 @@ import numpy as np
 import torch.distributed as dist
 
 from dydilit import distributed
+from support.npy import open_npy
 from support.processes import by_rank_0
 
 MARK = np.dtype([("done", "u1"), ("crc32", "<u4")])  # of a chunk
@@ -108,8 +109,8 @@ def read_marks(folder):
 
 def open_images(folder, n, shape):
     try:
-        images = np.load(folder / "images.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError) as e:
+        images = open_npy(folder / "images.npy")
+    except (OSError, ValueError) as e:
         raise UnreadableError(f"images.npy is damaged ({e})") from e
     if images.dtype != np.uint8 or images.shape != (n, *shape) or not images.flags.c_contiguous:
         raise UnreadableError(f"images.npy is {images.dtype} {images.shape}")

@@ -195,6 +195,19 @@ def start(*command):
     )
 
 
+def forked(action):
+    """action() in a fork of this process, which needs no imports: its exit status, or minus the
+    signal that ended it."""
+    child, status = os.fork(), 1
+    if child == 0:
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def torchrun(*arguments):
     return start("-m", "torch.distributed.run", *arguments)
 

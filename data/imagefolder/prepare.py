@@ -170,10 +170,19 @@ def normal(name):
 def find_class(folder, skipped):
     """The image files of a class folder, at any depth, sorted: a file system has its own order.
 
-    Adds what it leaves out to the Counter `skipped`, {reason: number}.
+    Adds what it leaves out to the Counter `skipped`, {reason: number}. ValueError if parts of a
+    data set, such as train and test, lie in it.
     """
     found = []
     for parent, subfolders, leaves in os.walk(folder, onerror=refuse):
+        parts = sorted(filter(is_split, subfolders))
+        if len(parts) > 1:
+            part = min(parts, key=lambda name: not name.casefold().startswith("train"))
+            link = os.path.abspath(os.path.join(parent, part)), f"NEW/{folder.name}"
+            raise ValueError(
+                f"{parent} has parts of a data set in it ({', '.join(parts)}), a class would mix "
+                f"them; link one part of each class into a new folder: ln -s {shlex.join(link)}"
+            )
         for name in subfolders:
             if name.startswith("."):
                 skipped["names with a dot in front"] += 1

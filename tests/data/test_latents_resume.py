@@ -27,7 +27,7 @@ from latent_sets import (
     stop_at,
 )
 from PIL import Image
-from runs import ROOT, SET_FILES, contents, finish, read_set, start, torchrun
+from runs import ROOT, SET_FILES, contents, finish, forked, read_set, start, torchrun
 
 pytestmark = pytest.mark.usefixtures("cpu")
 KILLED = ROOT / "tests" / "data" / "killed_prepare.py"
@@ -68,9 +68,21 @@ def test_one_rank_is_killed_and_two_go_on_without_touching_what_is_done(
     plain, images, vae, tmp_path
 ):
     out, want = tmp_path / "set", read_set(plain)[0]
-    process = start(KILLED, 3, 0, *arguments(images, out, vae))
-    _, stderr = finish(process)
-    assert process.returncode == -signal.SIGKILL and missing(out) == N - 2 * BATCH, stderr
+    synced, sync = [], rows.Rows.sync
+
+    def killed():
+        """When it has written three blocks, before it marks the third as done."""
+
+        def count(self):
+            sync(self)
+            synced.append(self)
+            if len(synced) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        rows.Rows.sync = count
+        prepare(images, out, vae)
+
+    assert forked(killed) == -signal.SIGKILL and missing(out) == N - 2 * BATCH
     assert not set(contents(out)) & set(SET_FILES)
     marks = np.load(out / rows.DONE)
     done = marks["size"] > 0

@@ -149,17 +149,34 @@ PARTS = [
 ]
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """here(*arguments) runs prepare.py in this process: (exit status, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments), "--workers=1"])
+        try:
+            folder.main()
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        return code, capsys.readouterr().err
+
+    return call
+
+
 @pytest.mark.parametrize("parts", PARTS, ids=" ".join)
 @pytest.mark.parametrize("above", ["", "archive", "archive/more"])
-def test_parts_of_a_data_set_are_not_classes(tmp_path, parts, above):
+def test_parts_of_a_data_set_are_not_classes(tmp_path, parts, above, here):
     for part in parts:
         make_root(tmp_path / "in" / above / part, {"cat": 2, "dog": 2})
     out = tmp_path / "out"
-    r = run_prepare("imagefolder", tmp_path / "in", "--size=4", "--out", out, "--workers=1")
-    assert r.returncode == 2 and r.stderr.count("\n") == 1 and not out.exists()
-    command = r.stderr.split("prepare one: python ")[1].split()
-    assert command[1] == str(tmp_path / "in" / above / parts[0])
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    code, stderr = here(tmp_path / "in", "--size=4", "--out", out)
+    assert code == 2 and stderr.count("\n") == 1 and not out.exists()
+    python, script, *command = stderr.split("prepare one: ")[1].split()
+    assert (python, script) == ("python", "data/imagefolder/prepare.py")
+    assert command[0] == str(tmp_path / "in" / above / parts[0])
+    assert here(*command) == (0, "")
     assert read_set(out)[2]["classes"] == ["cat", "dog"]
 
 
@@ -174,6 +191,24 @@ def test_parts_without_classes_are_not_classes_either(tmp_path):
     root = make_root(tmp_path / "in", {"train": 3, "test": 3})
     with pytest.raises(ValueError, match="are parts of a data set, not classes"):
         folder.prepare(root, 4, tmp_path / "out")
+
+
+@pytest.mark.parametrize("above", ["", "deep"])
+def test_parts_within_a_class_are_not_mixed(tmp_path, above):
+    """The command of the message, for both classes, gives what can be prepared."""
+    root, new = tmp_path / "in", tmp_path / "new"
+    for name in ("cat", "dog"):
+        for part in ("test", "train"):
+            make_root(root / name / above, {part: 2 + (part == "train")})
+    with pytest.raises(ValueError, match=r"\(test, train\), a class would mix them; link") as e:
+        folder.prepare(root, 4, tmp_path / "out")
+    command = str(e.value).split("new folder: ")[1].replace("NEW", str(new))
+    new.mkdir()
+    for line in (command, command.replace("cat", "dog")):
+        subprocess.run(line.split(), check=True)
+    folder.prepare(new, 4, tmp_path / "out")
+    images, _, meta = read_set(tmp_path / "out")
+    assert len(images) == 6 and meta["classes"] == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("counts", [{"train": 2, "plane": 2}, {"test": 2}, {"trainer": 1, "a": 1}])

@@ -1,6 +1,7 @@
 """Inception with random weights: its features by hand, its files, and torch-fidelity's figures."""
 
-import os
+import runpy
+import signal
 import subprocess
 import sys
 from urllib.error import URLError
@@ -185,7 +186,8 @@ def test_command_prints_the_settings(row):
     assert [row[key] for key in ("n", "cfg", "steps", "seed")] == ["12", "1.5", "250", "-"]
 
 
-def test_from_images_to_a_row_of_the_table(weights, tmp_path):
+@pytest.mark.usefixtures("cpu")
+def test_from_images_to_a_row_of_the_table(weights, tmp_path, monkeypatch, capsys):
     """Every command from 18 images of three classes to figures, with a tiny autoencoder."""
     rng = np.random.default_rng(0)
     for i in range(18):
@@ -193,32 +195,29 @@ def test_from_images_to_a_row_of_the_table(weights, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{i}.png")
     save_vae(tmp_path / "vae")
-    prepare = "data/imagefolder/prepare.py in --size 16 --classes 2 --held-out 0 --out"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # prepare.py adds to it
+    prepare = "data/imagefolder/prepare.py in --size 16 --classes 2 --held-out 0 --workers 1"
     model = "--preset S/2 --input-size 8 --hidden-size 16 --depth 1"
     images = "--images 10 --batch 6 --steps 3 --cfg 4"
     for line in (
-        f"{prepare} latents --vae vae",
-        f"{prepare} pixels",
+        f"{prepare} --out latents --vae vae",
+        f"{prepare} --out pixels",
         f"train_min.py {model} --data latents --out out --steps 4 --batch-size 4 --samples 0",
         f"sample_min.py out/ckpt.pt {images} --vae vae --out samples.npz",
         "eval_min.py pixels --make-reference reference.npz --inception WEIGHTS",
         "eval_min.py samples.npz reference.npz --inception WEIGHTS --kid-subset-size 8",
     ):
-        script, *arguments = line.replace("WEIGHTS", str(weights)).split()
-        r = subprocess.run(
-            [sys.executable, FIDELITY, ROOT / script, *arguments],
-            text=True,
-            cwd=tmp_path,
-            capture_output=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert r.returncode == 0, f"{line}: {r.stdout}{r.stderr}"
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", line.replace("WEIGHTS", str(weights)).split())
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the scripts have changed
     with np.load(tmp_path / "samples.npz") as made, np.load(tmp_path / "reference.npz") as real:
         assert made["arr_0"].shape == (10, 16, 16, 3) and made["arr_0"].dtype == np.uint8
         assert real["arr_0"].shape == (12, 16, 16, 3)
         assert real["mu"].shape == (2048,) and real["mu_s"].shape == (2023,)
         f, g = (metrics.inception(weights)(z["arr_0"]) for z in (made, real))
-    row = measured(r.stdout)
+    row = measured(capsys.readouterr().out)
     want = metrics.frechet_distance(*metrics.statistics(f[0]), *metrics.statistics(g[0]))
     assert float(row["FID"]) == pytest.approx(want, rel=1e-3) and float(row["FID"]) > 0
     got = float(row["precision"]), float(row["recall"])

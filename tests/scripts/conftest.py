@@ -42,6 +42,7 @@ def script(monkeypatch, capsys):
         except SystemExit as e:
             code = e.code
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the end of a process
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return code, *capsys.readouterr()
 
     return call

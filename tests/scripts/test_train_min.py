@@ -1,17 +1,21 @@
 """train_min.py from the command line: from nothing to samples, its flags, its error lines."""
 
+import io
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import CONFIG, ROOT, RUN, finish, flags, prepare_digits, start, torchrun
+from runs import CONFIG, RUN, finish, flags, forked, start, torchrun
 
 import eval_min
 import sample_min
@@ -145,13 +149,11 @@ def test_samples_of_other_weights_are_made_anew(copy, again):
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory):
     """The output of a run with the paths of its preset, in an empty folder; and this folder."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import os; os.chdir({str(folder)!r}); "
-    code += "import train_min; train_min.main(sys.argv[1:])"
-    process = start("-c", code, *TINY, *SAMPLES)
-    stdout, stderr = finish(process)
-    assert process.returncode == 0, stderr
-    return stdout, folder
+    folder, said = tmp_path_factory.mktemp("newcomer"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.chdir(folder)
+        train_min.main([*TINY, *SAMPLES])
+    return said.getvalue(), folder
 
 
 def test_a_run_without_arguments_fits_80_columns(newcomer):
@@ -202,41 +204,47 @@ def test_import_loads_nothing_that_only_the_end_of_a_run_needs():
     assert process.returncode == 0 and stdout == "\n", stdout + stderr
 
 
-def without(modules, digits, out, *arguments):
-    """A run of train_min.py in which these modules cannot be imported: process, stdout, stderr."""
-    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({modules})); "
-    code += "sys.argv[0] = 'train_min.py'; runpy.run_path('train_min.py', run_name='__main__')"
-    process = start("-c", code, *TINY, *SAMPLES, f"--data={digits}", f"--out={out}", *arguments)
-    return process, *finish(process)
+@pytest.fixture
+def without(script, digits, tmp_path, monkeypatch):
+    """without(module) runs train_min.py where it cannot be imported: exit code, stdout, stderr."""
+
+    def call(module):
+        monkeypatch.setitem(sys.modules, module, None)
+        arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={tmp_path}/out"]
+        return script("train_min.py", *arguments)
+
+    return call
 
 
-def test_without_pillow_a_run_does_not_begin(digits, tmp_path):
-    process, stdout, stderr = without(["PIL"], digits, tmp_path / "out")
-    assert process.returncode == 1 and stdout == ""
-    want = "train_min.py: error: samples.png needs Pillow: pip install pillow (or --samples 0)\n"
-    assert stderr == want
+def test_without_pillow_a_run_does_not_begin(without, tmp_path):
+    want = "train_min.py: error: samples.png needs Pillow: pip install pillow (or --samples 0)"
+    assert without("PIL") == (want, "", "")
     assert not (tmp_path / "out").exists()
 
 
-def test_without_pillow_a_run_without_samples_is_fine(digits, tmp_path):
+def test_without_any_of_them_a_run_without_samples_is_fine(digits, tmp_path):
     nothing = ["PIL", "matplotlib", "sklearn", "scipy"]
-    process, _, stderr = without(nothing, digits, tmp_path / "out", "--samples=0")
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({nothing})); "
+    code += "sys.argv[0] = 'train_min.py'; runpy.run_path('train_min.py', run_name='__main__')"
+    where = [f"--data={digits}", f"--out={tmp_path}/out"]
+    process = start("-c", code, *TINY, *SAMPLES, *where, "--samples=0")
+    stderr = finish(process)[1]
     assert process.returncode == 0, stderr
     assert (tmp_path / "out" / "ckpt.pt").exists() and "pip install" not in stderr
 
 
-def test_without_matplotlib_the_plot_is_left_out(digits, tmp_path):
-    process, stdout, stderr = without(["matplotlib"], digits, tmp_path / "out")
-    assert process.returncode == 0, stderr
+def test_without_matplotlib_the_plot_is_left_out(without, tmp_path):
+    code, stdout, stderr = without("matplotlib")
+    assert code == 0, stderr
     assert stderr.startswith("no matplotlib: loss.png will not be drawn (pip install matplotlib)\n")
     left = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert left == [name for name in LEFT if name != "loss.png"]
     assert "loss.png" not in stdout and "samples.png" in stdout
 
 
-def test_without_scikit_learn_samples_are_not_judged(digits, tmp_path):
-    process, stdout, stderr = without(["sklearn"], digits, tmp_path / "out")
-    assert process.returncode == 0, stderr
+def test_without_scikit_learn_samples_are_not_judged(without, tmp_path):
+    code, stdout, stderr = without("sklearn")
+    assert code == 0, stderr
     want = "no scikit-learn: no figures of the samples (pip install scikit-learn)\n"
     assert stderr.startswith(want)
     left = sorted(p.name for p in (tmp_path / "out").iterdir())
@@ -320,36 +328,30 @@ def test_a_finished_run_needs_no_room(finished, again, monkeypatch):
     assert "Samples, a class in each column" in again(finished[0])
 
 
-@pytest.mark.parametrize("name", ["out", "o\u00fct"])
-def test_a_terminal_of_plain_ascii_sees_the_end(digits, tmp_path, monkeypatch, name):
+def test_a_terminal_of_plain_ascii_sees_the_end(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     monkeypatch.setenv("PYTHONUTF8", "0")
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
-    arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={tmp_path}/{name}"]
-    process = start("train_min.py", *arguments)
+    out = tmp_path / "o\u00fct"
+    process = start("train_min.py", *TINY, *SAMPLES, f"--data={digits}", f"--out={out}")
     stdout, stderr = finish(process)
     assert process.returncode == 0 and "Go on:" in stdout, stderr
-    assert "\u00b1" in (tmp_path / name / "samples.md").read_text(encoding="utf-8")
+    assert "\u00b1" in (out / "samples.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["save_grid", "plot_loss"])
-def test_a_picture_that_cannot_be_drawn_is_one_line(copy, again, capsys, monkeypatch, name):
+def test_a_picture_that_cannot_be_drawn_is_one_line(copy, digits, capsys, monkeypatch, name):
+    def broken(*_):
+        raise RuntimeError("no\nfonts")
+
     out, _ = copy
-    code = f"""
-import sys, train_min
-def broken(*_): raise RuntimeError("no\\nfonts")
-train_min.{name} = broken
-train_min.main(sys.argv[1:])
-"""
+    monkeypatch.setattr(train_min, name, broken)
     picture = {"save_grid": "samples.png", "plot_loss": "loss.png"}[name]
-    data = out.parent / "digits"
-    prepare_digits(data)
     (out / picture).unlink()
-    arguments = [*TINY, *SAMPLES, f"--data={data}", f"--out={out}", "--resume"]
-    process = start("-c", code, *arguments)
-    stdout, stderr = finish(process)
-    assert process.returncode == 0 and "Go on:" in stdout
+    train_min.main([*TINY, *SAMPLES, f"--data={digits}", f"--out={out}", "--resume"])
+    stdout, stderr = capsys.readouterr()
+    assert "Go on:" in stdout
     first, line = stderr.splitlines()
     assert first.startswith("attention: ") and len(first) < 120
     assert line == f"{picture}: left out (RuntimeError: no fonts)"
@@ -383,12 +385,13 @@ def test_unfinished_samples_of_other_weights_do_not_stop_a_longer_run(copy, digi
     """A run is interrupted while it samples, and then trained further."""
     out, _ = copy
     (out / "samples.npz").unlink()
-    code = "import sys, os, sample_min, train_min\n"
-    code += "sample_min.generate = lambda *_, **__: os._exit(9)\ntrain_min.main(sys.argv[1:])"
     arguments = [*TINY, *SAMPLES, f"--data={digits}", f"--out={out}", "--resume"]
-    process = start("-c", code, *arguments)
-    finish(process)
-    assert process.returncode == 9 and (out / "samples.npz.partial").exists()
+
+    def killed():
+        sample_min.generate = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        train_min.main(arguments)
+
+    assert forked(killed) == -signal.SIGKILL and (out / "samples.npz.partial").exists()
     code, _, stderr = script("train_min.py", *arguments, "--steps=7")
     assert code == 0 and "samples.npz.partial is begun anew: other settings: weights" in stderr
     assert sorted(p.name for p in out.iterdir()) == LEFT

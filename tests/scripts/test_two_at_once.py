@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +12,21 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from PIL import Image
-from runs import CONFIG, ROOT, RUN, differing, finish, flags, parts, start, torchrun
+from runs import (
+    CONFIG,
+    ROOT,
+    RUN,
+    at_step,
+    differing,
+    finish,
+    flags,
+    forked,
+    parts,
+    start,
+    torchrun,
+)
 
+import train_min
 from dydilit import DyDiLiT, load_checkpoint, train
 from support.prepared import check_set
 from support.shards import is_whole
@@ -85,18 +99,23 @@ def holder():
         process.communicate("")
 
 
-@pytest.mark.parametrize(
-    ("name", "held"),
-    [
-        ("train", ""),
-        ("train --resume", ""),
-        ("sample npz", "s.npz"),
-        ("sample png", "s.png"),
-        ("export", ""),
-        ("reference", "ref.npz"),
-    ],
-)
-def test_a_second_writer_is_told_in_one_line_who_writes(commands, holder, tmp_path, name, held):
+SECOND = [("train --resume", ""), ("sample npz", "s.npz"), ("sample png", "s.png"), ("export", "")]
+
+
+@pytest.mark.parametrize(("name", "held"), SECOND)
+def test_a_second_writer_is_told_in_one_line_who_writes(
+    commands, holder, script, tmp_path, name, held
+):
+    other = holder(tmp_path / held)
+    before = sorted(tmp_path.iterdir())
+    code, stdout, stderr = script(*commands[name](tmp_path))
+    assert (stdout, stderr) == ("", "") and "\n" not in code
+    assert f".py: error: {tmp_path / held} is being written by process {other.pid} on " in code
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("name", "held"), [("train", ""), ("reference", "ref.npz")])
+def test_the_shell_sees_the_same_line(commands, holder, tmp_path, name, held):
     other = holder(tmp_path / held)
     before = sorted(tmp_path.iterdir())
     process = start(*commands[name](tmp_path))
@@ -115,11 +134,10 @@ def test_under_torchrun_the_line_comes_once(commands, holder, tmp_path):
     assert stderr.count("Traceback") == 1, "torchrun's own"
 
 
-def test_a_run_can_be_sampled_from_while_it_trains(commands, holder, checkpoint):
+def test_a_run_can_be_sampled_from_while_it_trains(commands, holder, script, checkpoint):
     holder(checkpoint.parent)
-    process = start(*commands["sample npz"](checkpoint.parent))
-    stderr = finish(process)[1]
-    assert process.returncode == 0, stderr
+    code, _, stderr = script(*commands["sample npz"](checkpoint.parent))
+    assert code == 0, stderr
 
 
 def test_two_seeds_in_one_folder_do_not_mix(digits, tmp_path):
@@ -141,20 +159,19 @@ def test_two_seeds_in_one_folder_do_not_mix(digits, tmp_path):
     assert not differing(parts(alone.out), parts(out))
 
 
-def test_a_run_that_was_killed_blocks_nobody(digits, tmp_path):
+def test_a_run_that_was_killed_blocks_nobody(digits, script, tmp_path):
     out = tmp_path / "out"
     endless = replace(LONG, data=digits, out=str(out), steps=10**6)
     arguments = [*flags(**asdict(CONFIG), **asdict(endless)), "--samples=0", "--resume"]
-    process = start("train_min.py", *arguments)
-    while not (out / "ckpt.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    finish(process)
+
+    def killed():
+        at_step(lambda step: step == 3 and os.kill(os.getpid(), signal.SIGKILL))
+        train_min.main(arguments)
+
+    assert forked(killed) == -signal.SIGKILL and (out / ".lock").exists()
     step = load_checkpoint(out / "ckpt.pt")["step"]
-    process = start("train_min.py", *arguments, f"--steps={step + 2}")
-    stderr = finish(process)[1]
-    assert process.returncode == 0, stderr
+    code, _, stderr = script("train_min.py", *arguments, f"--steps={step + 2}")
+    assert code == 0, stderr
     assert load_checkpoint(out / "ckpt.pt")["step"] == step + 2
     assert not (out / ".lock").exists()
 
@@ -191,11 +208,11 @@ NAMES = ["train", "train --resume", "sample npz", "sample png", "export", "prepa
 
 
 def test_every_pair_of_commands_ends_well_or_in_one_line(commands, tmp_path):
-    """PAIRS=28 (default 5) of all pairs, the second a moment after the first; drawn from a seed."""
+    """PAIRS=28 (default 3) of all pairs, the second a moment after the first; drawn from a seed."""
     assert NAMES == list(commands)
     rng = np.random.default_rng(0)
     pairs = list(itertools.combinations_with_replacement(NAMES, 2))
-    drawn = rng.permutation(len(pairs))[: int(os.environ.get("PAIRS", 5))]
+    drawn = rng.permutation(len(pairs))[: int(os.environ.get("PAIRS", 3))]
     ended = {"both well": 0, "one in a line": 0}
     for number, names in ((n, pairs[n]) for n in drawn):
         folder = tmp_path / str(number)

@@ -44,32 +44,49 @@ def test_a_resumed_run_does_not_count_what_was_done_before(monkeypatch):
     assert progress.line("", 10.0).endswith("1.00/s  40 s left")
 
 
-ERROR = """
+ENDS = """
+import os, sys
 from support.terminal import run
-def main():
-    raise {error}
-run(main, ValueError)
+folder, *errors = sys.argv[1:]
+sys.argv[1:] = []
+for number, error in enumerate(errors):
+    if os.fork() == 0:
+        os.dup2(os.open(f"{folder}/{number}", os.O_WRONLY | os.O_CREAT), 2)
+        def main():
+            raise eval(error)
+        run(main, ValueError)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
+ERRORS = {
+    "ValueError('why')": (1, "-c: error: why\n"),
+    "ValueError('why\\nand\\n\\nwhere')": (1, "-c: error: why and  where\n"),
+    "SystemExit('why')": (1, "why\n"),
+    "SystemExit(130)": (130, ""),
+    "SystemExit(None)": (0, ""),
+    "KeyboardInterrupt": (130, "\n-c: interrupted\n"),
+}
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "text"),
-    [
-        ("ValueError('why')", 1, "-c: error: why\n"),
-        ("SystemExit('why')", 1, "why\n"),
-        ("SystemExit(130)", 130, ""),
-        ("SystemExit(None)", 0, ""),
-    ],
-)
-def test_run_ends_as_the_error_says(error, code, text):
-    process = start("-c", ERROR.format(error=error))
-    stderr = finish(process)[1]
-    assert (process.returncode, stderr) == (code, text)
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """{error: (exit status, stderr)} of scripts that raise it in `run`: forks of one process."""
+    folder, errors = tmp_path_factory.mktemp("ends"), [*ERRORS, "KeyError(3)"]
+    process = start("-c", ENDS, folder, *errors)
+    stdout, stderr = finish(process)
+    assert process.returncode == 0 and stderr == "", stderr
+    texts = [(folder / str(number)).read_text() for number in range(len(errors))]
+    return dict(zip(errors, zip(map(int, stdout.split()), texts)))
 
 
-def test_run_does_not_hide_other_errors():
-    process = start("-c", ERROR.format(error="KeyError(3)"))
-    assert "Traceback" in finish(process)[1] and process.returncode == 1
+@pytest.mark.parametrize("error", ERRORS)
+def test_run_ends_as_the_error_says_in_one_line(ends, error):
+    assert ends[error] == ERRORS[error]
+
+
+def test_run_does_not_hide_other_errors(ends):
+    code, stderr = ends["KeyError(3)"]
+    assert code == 1 and "Traceback" in stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's way with memory")
@@ -128,17 +145,6 @@ def test_a_letter_that_the_terminal_lacks_is_a_question_mark():
     assert (process.returncode, stdout, stderr) == (0, "1 ? 2 ?\n", "")
 
 
-def test_an_error_of_several_lines_is_one_line():
-    process = start("-c", ERROR.format(error="ValueError('why\\nand\\n\\nwhere')"))
-    assert finish(process)[1] == "-c: error: why and  where\n"
-
-
-def test_ctrl_c_is_one_line_and_exit_status_130():
-    process = start("-c", ERROR.format(error="KeyboardInterrupt"))
-    stderr = finish(process)[1]
-    assert (process.returncode, stderr) == (130, "\n-c: interrupted\n")
-
-
 @pytest.mark.parametrize("script", ["train_min.py", "sample_min.py", "eval_min.py"])
 @pytest.mark.parametrize("seconds", [0.3, 0.8, 1.5, 2.5])
 def test_ctrl_c_at_any_time_leaves_no_traceback(script, seconds, tmp_path):
@@ -166,7 +172,7 @@ run(main, ValueError)
 """
 
 
-def spoken(tmp_path, body, n=3):
+def spoken(tmp_path, body, n=2):
     """stderr of n processes that run `body`: their lines, and torchrun's."""
     (tmp_path / "speakers.py").write_text(SPEAKERS.format(root=str(ROOT), body=body))
     process = torchrun("--standalone", f"--nproc_per_node={n}", tmp_path / "speakers.py")
@@ -178,16 +184,16 @@ def spoken(tmp_path, body, n=3):
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "n"),
     [
-        "raise ValueError(f'wrong, says {rank}')",
-        "time.sleep(0.5 * (2 - rank)); raise ValueError(f'wrong, says {rank}')",
-        "join(); raise ValueError(f'wrong, says {rank}')",
+        ("raise ValueError(f'wrong, says {rank}')", 3),
+        ("time.sleep(0.5 * (1 - rank)); raise ValueError(f'wrong, says {rank}')", 2),
+        ("join(); raise ValueError(f'wrong, says {rank}')", 2),
     ],
     ids=["at once", "process 0 last", "in a group"],
 )
-def test_a_mistake_is_said_once_by_process_0(tmp_path, body):
-    ours, torchruns = spoken(tmp_path, body)
+def test_a_mistake_is_said_once_by_process_0(tmp_path, body, n):
+    ours, torchruns = spoken(tmp_path, body, n)
     assert ours == ["speakers.py: error: wrong, says 0"]
     assert sum("exitcode  :" in line for line in torchruns) == 1, "torchrun reports one process"
     assert not any("closing signal" in line for line in torchruns)
@@ -202,6 +208,6 @@ def test_what_follows_from_the_mistake_of_another_is_not_said(tmp_path):
     body = """join()
     if rank == 0: raise ValueError("wrong")
     import torch.distributed as dist; dist.barrier()"""
-    ours, torchruns = spoken(tmp_path, body, n=2)
+    ours, torchruns = spoken(tmp_path, body)
     assert ours == ["speakers.py: error: wrong"]
     assert sum("Traceback" in line for line in torchruns) == 1, "torchrun's own"
