@@ -23,6 +23,7 @@ from torch.utils.cpp_extension import include_paths
 from util import grads_of, random_op_inputs
 
 import dydilit
+from support.lock import one_writer
 
 CSRC, BUILD, HERE = ROOT / "csrc", ROOT / "build", ROOT / "tests" / "csrc"
 TORCH = Path(torch.__file__).parent
@@ -93,7 +94,9 @@ def build_emulator():
 def emulated():
     if shutil.which(CXX) is None:
         pytest.skip("no C++ compiler")
-    build_emulator()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with one_writer(BUILD, wait=True):  # tests run in several processes
+        build_emulator()
     library = torch.library.Library("aten", "IMPL")  # bmm with an output type is CUDA's alone
     library.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU")
     yield torch.ops.dydilit_emulated, "cpu"
@@ -352,7 +355,7 @@ def test_a_lambda_that_no_token_takes_may_be_nan(backend):
 @dtypes(F32, BF16, F16)
 @pytest.mark.parametrize("router_grad", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("N", [5, 20], ids=["tokens first", "features first"])
+@pytest.mark.parametrize("N", [3, 13], ids=["tokens first", "features first"])
 def test_what_is_not_finite_goes_where_it_goes_in_the_python_path(
     backend, N, value, router_grad, dtype
 ):
@@ -361,7 +364,7 @@ def test_what_is_not_finite_goes_where_it_goes_in_the_python_path(
     ops, device = backend
     places = {"gamma": 1, "lam": 1, "kernel_routers": (1, 2, 1), "difference_routers": (0, 2, 1)}
     for name in (*TOKENS, *places):
-        x = wide_parameters(random_op_inputs(2, N, 12, 3, 4, dtype=dtype, dead=1, **WELL))
+        x = wide_parameters(random_op_inputs(1, N, 12, 3, 4, dtype=dtype, dead=1, **WELL))
         x[name][places.get(name, (0, 1, 2))] = value
         cotangent = torch.ones_like(x["v"])
         core = BF16 if dtype == BF16 else F32
