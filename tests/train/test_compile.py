@@ -3,15 +3,19 @@
 By Dynamo, in which a graph breaks or not, and AOTAutograd; the last test goes on to Inductor.
 """
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from runs import CONFIG, assert_same_run, differing, parts, resume
+from runs import CONFIG, assert_same_run, differing, flags, parts, resume
 from util import assert_close, normal, randomized
 
 import dydilit
+import sample_min
+import train_min
 from dydilit import Config, Diffusion, DyDiLA, DyDiLiT, train
 from experiments import baselines
 
@@ -127,6 +131,16 @@ def test_compared_models_are_one_graph_too(name, dynamo):
     assert_alike(got, losses_and_gradients(model, model, batch(0)), 1e-4)
 
 
+def test_the_tiles_that_a_gpu_takes_are_one_graph_for_all_routes(dynamo):
+    rows, projectors = normal(40, 6), normal(3, 6, 6)
+    compiled = torch.compile(dydilit.project_by_tiles, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for routes in ([0, 1], [2, 2], [1, 0]):
+            index = torch.tensor(routes * 20)
+            got = compiled(rows, projectors, index)
+            assert_close("out", got, dydilit.project(rows, projectors, index), atol=1e-13)
+
+
 def test_opcheck_of_the_projection_and_of_its_gradient():
     shapes = (12, 6), (12, 6), (3, 6, 6)
     rows, cotangents, projectors = (normal(*shape).requires_grad_() for shape in shapes)
@@ -159,6 +173,23 @@ def test_a_run_goes_on_between_compiled_and_eager(first, run, tmp_path, dynamo):
     train(CONFIG, replace(resumed, steps=3), compiled=first)
     assert resume(CONFIG, resumed, compiled=not first) == run.steps
     assert not differing(parts(whole.out), parts(resumed.out), 1e-5)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_scripts_compile_by_default_on_a_gpu_alone(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for parse in (lambda argv: train_min.parse(argv)[2], sample_min.command_line().parse_args):
+        asked = [parse(argv).compile for argv in ([], ["--compile"], ["--no-compile"])]
+        assert asked == [gpu, True, False]
+
+
+def test_train_min_says_that_it_compiles_and_writes_the_profile(run, dynamo, capsys):
+    arguments = flags(**asdict(CONFIG), **asdict(replace(run, steps=14, eval_every=14)))
+    train_min.train_and_sample([*arguments, "--samples=0", "--compile", "--profile=2"])
+    assert "train: the first step compiles the network ..." in capsys.readouterr().err
+    trace = json.loads(Path(run.out, "profile.json").read_text())
+    steps = {e["name"] for e in trace["traceEvents"] if e["name"].startswith("ProfilerStep")}
+    assert len(steps) == 2
 
 
 # ----------------------------------------------------------------------------------------------
