@@ -285,13 +285,22 @@ def command_line():
         choices=DTYPES,
         help="of the attention's inputs (default: that of the projections' outputs)",
     )
-    option("--compile", action="store_true", help="torch.compile the network")
+    add_compile(parser)
     option(
         "--export",
         metavar="DIR",
         help="write the averaged weights there instead of sampling (model.save_pretrained)",
     )
     return parser
+
+
+def add_compile(parser):
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="torch.compile the network (default: on a GPU)",
+    )
 
 
 def check(args):
@@ -376,15 +385,18 @@ def sample(model, args, labels, settings):
         if rank == 0:
             print(line, file=sys.stderr, flush=True)
     model = model.to(device)
-    network = torch.compile(model) if args.compile else model
+    if args.compile:
+        model.compile(fullgraph=True)
+        Progress("sample", 1, quiet=rank > 0).compiling()
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions is True
     number = len(labels)
     if args.out.endswith(".npz"):
-        sample_to(args.out, network, labels, settings, decode, args.batch)
+        sample_to(args.out, model, labels, settings, decode, args.batch)
     else:
         order = np.arange(number)
         if not args.images:
             order = order.reshape(args.per_class, -1).T.ravel()  # a row for each class
-        draw(args, network, labels, settings, decode, order)
+        draw(args, model, labels, settings, decode, order)
     if rank == 0:
         print(
             f"{args.out}: {number} images from step {model.step}, {args.sampler} {args.steps} "

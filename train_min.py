@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 
 from dydilit import PRESETS, Config, DyDiLiT, Training, distributed, train
-from sample_min import sample_to, settings_in, settings_of
+from sample_min import add_compile, sample_to, settings_in, settings_of
 from support.decoder import Decoder
 from support.fused import check_fused
 from support.lock import one_writer
@@ -52,6 +52,7 @@ from support.pretrained import mappable
 from support.processes import by_rank_0, join, one_run
 from support.runs import prepare_resume
 from support.shards import need_room
+from support.speed import in_words, mfu_of_an_image, profiled
 from support.terminal import Progress, first_speaks, run
 
 # The runs of the presets of the same name. Others take Training(), the paper's ImageNet-1K run.
@@ -167,6 +168,15 @@ def parse(argv, preset=preset):
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --out, if there is one"
     )
+    add_compile(parser)
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="write a trace of so many steps, after the first ten, to profile.json in --out, for "
+        "https://ui.perfetto.dev (default 0: none)",
+    )
     add_fields(parser.add_argument_group(f"model, {name}"), config)
     add_fields(parser.add_argument_group(f"training, {name}"), training)
     group = parser.add_argument_group("samples at the end")
@@ -189,6 +199,8 @@ def parse(argv, preset=preset):
     training = with_given(training, given)
     if args.samples < 0 or args.samples == 1 or not 2 <= args.sampling_steps <= 1000:
         raise ValueError("--samples must be 0 or at least 2, --sampling-steps between 2 and 1000")
+    if args.profile < 0:
+        raise ValueError("--profile must be at least 0")
     if not math.isfinite(args.cfg):
         raise ValueError(f"--cfg must be a finite number, got {args.cfg}")
     for part in (config, training, args):
@@ -327,7 +339,7 @@ def train_and_sample(argv, preset=preset, on_eval=None, command="train_min.py"):
     with first_speaks():
         config, training, args = parse(argv, preset)
     join()
-    rank, _, device = distributed()
+    rank, world, device = distributed()
     for line in check_packages(training, args.samples):
         if rank == 0:
             print(line, file=sys.stderr, flush=True)
@@ -341,12 +353,22 @@ def train_and_sample(argv, preset=preset, on_eval=None, command="train_min.py"):
             line = check_fused(device, torch.bfloat16 if training.bf16 else torch.float32)
             if rank == 0:
                 print(line, file=sys.stderr, flush=True)
-        progress = Progress("train", training.steps, quiet=rank > 0)
+        mfu = mfu_of_an_image(config, training, device, world)
 
-        def on_step(step, loss):
-            progress(f"loss {loss:.4f}", step)
+        def speed(steps_per_s):
+            return in_words(steps_per_s * training.batch_size, mfu)
 
-        step = train(config, training, args.resume, on_step, on_eval)
+        progress = Progress("train", training.steps, quiet=rank > 0, speed=speed)
+        if args.compile:
+            progress.compiling()
+        profile = Path(training.out, "profile.json")
+        with profiled(args.profile if rank == 0 else 0, profile) as step_is_done:
+
+            def on_step(step, loss):
+                progress(f"loss {loss:.4f}", step)
+                step_is_done()
+
+            step = train(config, training, args.resume, on_step, on_eval, args.compile, mfu)
         if step < training.steps:
             if rank == 0:
                 print(

@@ -2,11 +2,13 @@
 
     python -m experiments.costs --flops      multiply-adds beside the paper's GFLOPs
     python -m experiments.costs --step       a training step of S/2, with and without the fused op
+    python -m experiments.costs --compile    a training step of S/2 and of Sana, eager and compiled
     python -m experiments.costs --memory     what a training step of S/2 keeps in memory
     python -m experiments.costs --sampling   sampling steps of S/2, without guidance and with it
 
---step, --memory and --sampling run on the CPU and take every --preset, those of baselines.py too;
---no-fused puts the Python path in place of the fused op.
+All but --flops run on the CPU and take every --preset, those of baselines.py too. --compile counts
+CPU seconds: with --threads 1 other work on the machine is left out. --no-fused puts the Python path
+in place of the fused op.
 
 ablate.py measures its models with `training_costs` and, for Fig. 1, `sampling_costs`:
 
@@ -80,12 +82,15 @@ def optimizer_of(model):
     return torch.optim.AdamW(trained, fused=True)
 
 
-def step_of(config, batch, device, train, bf16=False):
+def step_of(config, batch, device, train, bf16=False, compiled=False):
     """A function that does one step of `batch` images: of training, or one forward pass (sampling).
 
     bf16 is that of dydilit.Training. Sampling is always in float32, as train_min.py does it.
+    compiled: by torch.compile, in the first step.
     """
     model = config.build().train(train).to(device)
+    if compiled:
+        model.compile(fullgraph=True)
     x, y, t, noise = random_batch(config, batch, device)
     optimizer = optimizer_of(model)
     diffusion = Diffusion()
@@ -372,9 +377,9 @@ def print_saved(name, batch):
         print(f"| {part} | {n / GIB:.2f} | {n / saved.total():.0%} |")
 
 
-def print_setup(name, config, batch):
+def print_setup(name, config, batch, dtype="float32"):
     tokens = (config.input_size // config.patch_size) ** 2
-    print(f"{name}, {tokens} tokens, {batch} images, float32\n")
+    print(f"{name}, {tokens} tokens, {batch} images, {dtype}\n")
 
 
 def print_step(name, batch, repeats):
@@ -405,6 +410,33 @@ def print_step(name, batch, repeats):
     print("\n| operator, fused op | share of its time |\n|---|---:|")
     for e in events[:12]:
         print(f"| `{e.key}` | {e.self_cpu_time_total / total:.1%} |")
+
+
+def print_compiled(name, batch, repeats):
+    """--compile: CPU seconds of a training step of a preset and of Sana's, in turn."""
+    models = {name: preset(name), f"Sana-{name}": preset(f"Sana-{name}")}
+    ways = [(bf16, compiled) for bf16 in (False, True) for compiled in (False, True)]
+    times = {}
+    for config in models.values():
+        for way in ways:
+            times[config, way] = (step_of(config, batch, "cpu", True, *way), [])
+    for _ in range(repeats + 2):
+        for step, taken in times.values():
+            began = time.process_time()
+            step()
+            taken.append(time.process_time() - began)
+    print_setup(name, models[name], batch, "float32 and bfloat16 autocast")
+    print("| a training step, CPU s: median (fastest) | eager | compiled | bf16 | bf16, compiled |")
+    print("|---|---:|---:|---:|---:|")
+    best = {}
+    for model, config in models.items():
+        taken = [times[config, way][1][2:] for way in ways]  # the first compiles, the second warms
+        cells = [f"{statistics.median(t):.3f} ({min(t):.3f})" for t in taken]
+        print(f"| {model} | {' | '.join(cells)} |")
+        medians = [statistics.median(t) for t in taken]
+        best[model] = min(medians[:2]), min(medians[2:])
+    ratios = [a / b for a, b in zip(*best.values())]
+    print(f"\nbest over best: float32 {ratios[0]:.2f}, bfloat16 {ratios[1]:.2f}")
 
 
 def print_sampling(name, batch, steps=20):
@@ -440,12 +472,13 @@ def main():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--flops", action="store_true", help="multiply-adds and the paper's GFLOPs")
     what.add_argument("--step", action="store_true", help="time of a training step")
+    what.add_argument("--compile", action="store_true", help="the same, compiled, beside Sana's")
     what.add_argument("--memory", action="store_true", help="memory of a training step")
     what.add_argument("--sampling", action="store_true", help="time of sampling")
     option = parser.add_argument
     option("--preset", default="S/2", help="default: %(default)s")
-    option("--batch", type=int, help="images (default: 16; of --sampling 8)")
-    option("--repeats", type=int, default=15, help="of --step (default: %(default)s)")
+    option("--batch", type=int, help="images (default: 16; of --sampling 8, --compile 4)")
+    option("--repeats", type=int, default=15, help="of --step, --compile (default: %(default)s)")
     option("--threads", type=int, help="CPU threads (default: torch's)")
     option("--no-fused", action="store_true", help="as if the fused op had not been built")
     args = parser.parse_args()
@@ -467,7 +500,9 @@ def main():
         print_saved(args.preset, args.batch or 16)
         return
     keep_memory()  # as train_min.py does; page faults would fall on one path or the other by chance
-    if args.sampling:
+    if args.compile:
+        print_compiled(args.preset, args.batch or 4, args.repeats)
+    elif args.sampling:
         print_sampling(args.preset, args.batch or 8)
     else:
         print_step(args.preset, args.batch or 16, args.repeats)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import dydilit
-from dydilit import at_least_float32, power_kernel, project_by_index
+from dydilit import at_least_float32, power_kernel, project
 
 RULES = ("ratio", "score", "dense")
 
@@ -61,7 +61,7 @@ def routed_projection(x, projectors, router, rule, router_grad=True):
     rows = x.flatten(0, 1)  # (B N, D)
     if rule == "score":
         index, score = scored(rows, router)
-        projected = project_by_index(rows, projectors, index)
+        projected = project(rows, projectors, index)
         return (projected * score.to(projected.dtype)).view_as(x)
     products = rows @ projectors  # (n_P, B N, D)
     weights = one_hot(rows, router).mT.unsqueeze(-1)  # (n_P, B N, 1)

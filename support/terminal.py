@@ -19,12 +19,16 @@ from support.processes import Voice
 
 
 class Progress:
-    """A bar in the last line of the terminal. Where stderr is a file: a line every 20 seconds."""
+    """A bar in the last line of the terminal. Where stderr is a file: a line every 20 seconds.
 
-    def __init__(self, what: str, total: int, quiet: bool = False):
+    speed(steps a second) -> how the bar says it.
+    """
+
+    def __init__(self, what: str, total: int, quiet: bool = False, speed="{:.2f}/s".format):
         self.what = what
         self.total = total
         self.quiet = quiet
+        self.speed = speed
         self.live = sys.stderr.isatty()
         self.pause = 0.2 if self.live else 20.0  # seconds between two lines
         self.shown = 0.0  # when the last line was written
@@ -42,7 +46,14 @@ class Progress:
         if self.quiet or (not finished and now - self.shown < self.pause):
             return
         self.shown = now
-        line = self.line(text, now - self.began)
+        self.write(self.line(text, now - self.began), finished)
+
+    def compiling(self):
+        """Say, until the first step is done, what takes it so long."""
+        if not self.quiet:
+            self.write(f"{self.what}: the first step compiles the network ...", False)
+
+    def write(self, line, finished):
         if self.live:
             line = f"\r{line} \n" if finished else f"\r{line} "
         else:
@@ -56,7 +67,7 @@ class Progress:
     def line(self, text, elapsed):
         bar = "#" * (24 * self.done // self.total)
         rate = (self.done - self.first) / max(elapsed, 1e-9)  # two readings may be equal
-        left = f"{rate:.2f}/s  {(self.total - self.done) / rate:.0f} s left" if rate else ""
+        left = f"{self.speed(rate)}  {(self.total - self.done) / rate:.0f} s left" if rate else ""
         return f"{self.what} [{bar:.<24}] {self.done}/{self.total}  {text}  {left}"
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 from util import (
     assert_close,
@@ -277,22 +277,38 @@ def test_a_projector_without_tokens_gets_no_gradient_but_its_router_column_does(
     assert grads["router"][:, 1].any() == router_grad  # it learns that others were taken
 
 
-def test_routed_projection_by_grouped_mm_is_the_same(monkeypatch):
-    """The branch for bfloat16 on recent GPUs; F.grouped_mm runs on the CPU too."""
-    projectors, router = normal(4, 8, 8, seed=1), normal(8, 4, seed=2)
-    avoid_projector_1(router)
-    inputs = {"x": normal(2, 12, 8), "projectors": projectors, "router": router}
-    inputs = {name: z.float() for name, z in inputs.items()}
-    cotangent, found = normal(2, 12, 8, seed=3).bfloat16(), []
-    for kernel in (False, True):
-        monkeypatch.setattr(dydilit, "grouped_mm_is_fast", lambda x, kernel=kernel: kernel)
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append(grads_of(routed_projection, inputs, cotangent))
-    (want, wanted), (out, grads) = found
-    assert out.dtype == want.dtype == torch.bfloat16
-    assert_close("Q'", out, want, atol=1e-2, rtol=1e-2)
+@pytest.mark.parametrize("M", [0, 1, 5, 200])
+@pytest.mark.parametrize("n_P", [1, 3, 7])
+def test_the_projection_by_tiles_is_that_by_index(n_P, M):
+    """The tiles are for GPUs, and compute the same anywhere."""
+    index = (normal(M, seed=4).abs() * n_P).long() % max(1, n_P - 1)  # the last one has no rows
+    inputs = {"rows": normal(M, 6), "projectors": normal(n_P, 6, 6, seed=1)}
+    cotangent = normal(M, 6, seed=3)
+    out, grads = grads_of(partial(dydilit.project_by_tiles, index=index), inputs, cotangent)
+    want, wanted = grads_of(partial(dydilit.project, index=index), inputs, cotangent)
+    assert_close("out", out, want, atol=1e-13)
     for name in inputs:
-        assert_close(f"d {name}", grads[name], wanted[name], atol=3e-2, rtol=1e-2)
+        assert_close(f"d {name}", grads[name], wanted[name], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, f64])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("project", [dydilit.project, dydilit.project_by_tiles])
+def test_the_projection_has_the_dtype_of_a_product(project, dtype, autocast):
+    rows, projectors = normal(8, 16).to(dtype), normal(2, 16, 16, seed=1).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        product = rows @ projectors[0]
+        out = project(rows, projectors, torch.zeros(8, dtype=torch.long))
+    assert out.dtype == product.dtype
+    assert_close("out", out, product, atol=0.1 if out.dtype.itemsize == 2 else 1e-5)
+
+
+@pytest.mark.parametrize("project", [dydilit.project, dydilit.project_by_tiles])
+def test_gradcheck_of_the_projection_twice(project):
+    index = torch.tensor([0, 2, 2, 0, 3, 2, 0])
+    leaves = [normal(7, 4).requires_grad_(), normal(4, 4, 4, seed=1).requires_grad_()]
+    assert gradcheck(partial(project, index=index), leaves)
+    assert gradgradcheck(partial(project, index=index), leaves)
 
 
 def test_routed_projection_gives_each_token_its_own_projector():

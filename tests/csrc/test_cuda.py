@@ -613,7 +613,6 @@ def test_the_fake_kernel_promises_the_right_types_shapes_and_strides(dtype, N, n
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @dtypes(F32, BF16)
 def test_routed_projection_without_tokens_for_the_last_projector(dtype, device):
-    """On sm_90 bfloat16 takes F.grouped_mm, whose weight gradient can hang: keep this test last."""
     x, projectors = torch.randn(2, 2048, 384) / 20, torch.randn(5, 384, 384) / 20
     router = torch.randn(384, 5)
     x[..., 0], router[:, 4], router[0, 4] = 1, 0, -30  # logit 4 is -30
@@ -621,9 +620,6 @@ def test_routed_projection_without_tokens_for_the_last_projector(dtype, device):
     assert dydilit.route(x, router)[0].unique().tolist() == [0, 1, 2, 3]
     inputs = moved(exact, device)
     with torch.autocast(device, dtype, enabled=dtype != F32):
-        on_hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
-        taken = dydilit.grouped_mm_is_fast(inputs["x"].flatten(0, 1))
-        assert taken == (on_hopper and dtype == BF16)
         out, grads = grads_of(dydilit.routed_projection, inputs, cotangent.to(device, dtype))
     exact = {name: z.double() for name, z in exact.items()}
     truth, true_grads = grads_of(dydilit.routed_projection, exact, cotangent.double())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -260,6 +261,16 @@ def test_step_leaves_the_fused_op_as_it_was(monkeypatch, capsys):
     before = dydilit.FUSED_DEVICES
     call(monkeypatch, capsys, "--step", "--repeats=1")
     assert before == dydilit.FUSED_DEVICES
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_compile_compares_eager_with_compiled_and_with_sana(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    said = call(monkeypatch, capsys, "--compile", "--repeats=1")
+    torch.compiler.reset()
+    assert said.count("\n| digits | ") == said.count("\n| Sana-digits | ") == 1
+    assert "best over best: float32 " in said
 
 
 def test_memory_names_what_keeps_it(monkeypatch, capsys):

@@ -124,6 +124,11 @@ def test_two_processes_train_the_model_of_one(alone, together):
     assert_same_run(alone, together[0] / "plain")
 
 
+def test_two_processes_that_compile_train_the_model_of_one(alone, together):
+    assert_same_run(alone, together[0] / "compiled")
+    assert parts(together[0] / "compiled")["model"].keys() == parts(alone)["model"].keys()
+
+
 def test_two_processes_that_accumulate_train_the_model_of_one(alone, together):
     assert_same_run(alone, together[0] / "accumulated")
 

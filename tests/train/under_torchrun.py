@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +22,19 @@ from support import processes  # noqa: E402
 
 
 def together(data, out, rank):
-    """Four runs in one launch.
+    """Five runs in one launch.
 
-    plain: the run of runs.py. accumulated: the same in micro-batches; the reductions between
-    processes are counted. stopped: rank 1 gets a signal, then the run is resumed. apart: only
-    rank 0 finds a checkpoint.
+    plain: the run of runs.py. compiled: the same by torch.compile. accumulated: the same in
+    micro-batches; the reductions between processes are counted. stopped: rank 1 gets a signal, then
+    the run is resumed. apart: only rank 0 finds a checkpoint.
     """
     run = replace(RUN, data=data)
     train(CONFIG, replace(run, out=f"{out}/plain"))
+
+    compile_ = torch.compile
+    torch.compile = partial(compile_, backend="aot_eager")  # Inductor takes minutes
+    train(CONFIG, replace(run, out=f"{out}/compiled"), compiled=True)
+    torch.compile = compile_
 
     reductions = []
     DDP = torch.nn.parallel.DistributedDataParallel
