@@ -65,7 +65,7 @@ def steps(stem):
     test = [
         *(PYTHON, "-m", "pytest"),
         "tests/test_fused.py",
-        "tests/csrc/test_cuda.py",  # test_cuda.py last: its last test can hang
+        "tests/csrc/test_cuda.py",
         *("-k", "cuda and not cpu and not emulated and not compile"),
         *("-vv", "--tb=short"),
         *("-W", "default"),  # a warning of PyTorch is no failure here

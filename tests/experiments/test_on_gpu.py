@@ -50,7 +50,7 @@ def test_each_mode_compiles_as_it_says(compiled):
     for mode in on_gpu.MODES:
         row = on_gpu.row(Case("sampling", "digits", 16, 1, mode), "cpu", 1)
         assert "failed" not in row
-    assert compiled == [{}, {"mode": "reduce-overhead"}]
+    assert compiled == [{"fullgraph": True}, {"fullgraph": True, "mode": "reduce-overhead"}]
 
 
 def test_a_model_that_does_not_compile_is_one_line(monkeypatch, capsys):
