@@ -441,6 +441,7 @@ def test_every_flag_reaches_its_field():
         grad_clip=1.5,
         label_dropout=0.2,
         bf16=True,
+        tf32=True,
         seed=3,
     )
     given = asdict(config) | asdict(training)
