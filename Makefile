@@ -59,4 +59,4 @@ lint: setup
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build *.so data/digits/*.npy data/digits/meta.json data/photos/*.npy data/photos/meta.json
+	rm -rf .venv build *.so $(foreach set,digits mnist photos,data/$(set)/*.npy data/$(set)/meta.json)

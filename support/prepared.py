@@ -148,7 +148,7 @@ def check_set(path: str | Path, config: Config):
 
 def command_that_makes(path: Path, config: Config) -> str:
     out = shlex.quote(str(path))
-    if path.name in ("digits", "photos"):
+    if path.name in ("digits", "mnist", "photos"):
         return f"python data/{path.name}/prepare.py --out {out}"
     size = config.input_size
     what = f"{8 * size} --vae" if config.in_channels == 4 else size
