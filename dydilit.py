@@ -59,14 +59,14 @@ class Config:
     num_classes: int = 1000  # labels are 0 .. num_classes - 1; num_classes means "no label"
     normalize: bool = True  # divide by the guarded denominator of Eq. 4; off: Eq. 8 as printed
     router_grad: bool = True  # gradient for the routers; off: they stay as drawn
+    label_std: float = 0.02  # of label embeddings at the start; larger ones are learned sooner
 
     def __post_init__(self):
-        check_fields(self, at_least_one=[field.name for field in fields(Config)])
+        check_fields(self, at_least_one=[f.name for f in fields(Config) if f.type is int])
         if self.hidden_size % 4:  # for the 2-D sin-cos positions
             raise ValueError(f"hidden_size must be a multiple of 4, got {self.hidden_size}")
         if self.input_size % self.patch_size:
-            raise ValueError("patch_size must divide input_size, got "
-                             f"{self.patch_size} and {self.input_size}")
+            raise ValueError(f"patch_size {self.patch_size} must divide the side {self.input_size}")
 
     def build(self) -> "DyDiLiT":
         return DyDiLiT(self)
@@ -76,11 +76,9 @@ def check_fields(config, at_least_one=(), fractions=()):
     for field in fields(config):
         value = getattr(config, field.name)
         name = f"{type(config).__name__}.{field.name}"
-        types = (int, float) if field.type is float else (field.type,)
-        if type(value) not in types:
+        if type(value) is not field.type and (field.type, type(value)) != (float, int):
             raise ValueError(f"{name} must be {field.type.__name__}, got {value!r}")
-        low = 1 if field.name in at_least_one else 0
-        high = 1 if field.name in fractions else math.inf
+        low, high = int(field.name in at_least_one), 1 if field.name in fractions else math.inf
         if field.type in (int, float) and not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {value}")
 
@@ -92,6 +90,8 @@ PRESETS = {
     "pixels32": Config(in_channels=3, hidden_size=256, depth=6, num_classes=10),
     "photos":   Config(in_channels=3, hidden_size=64, depth=4, num_classes=2),
     "digits":   Config(input_size=8, in_channels=1, hidden_size=96, depth=4, num_classes=10),
+    "mnist":    Config(input_size=28, in_channels=1, hidden_size=64, depth=4, num_classes=10,
+                       label_std=1.0),
 }
 
 # ------------------------------------------------------------
@@ -472,7 +472,7 @@ def initialize(model: nn.Module):
             nn.init.xavier_uniform_(module.proj.weight.flatten(1))
             nn.init.zeros_(module.proj.bias)
         elif isinstance(module, LabelEmbedder):
-            nn.init.normal_(module.embedding_table.weight, std=0.02)
+            nn.init.normal_(module.embedding_table.weight, std=model.config.label_std)
         elif isinstance(module, TimestepEmbedder):
             for layer in (module.mlp[0], module.mlp[2]):
                 nn.init.normal_(layer.weight, std=0.02)

@@ -83,8 +83,21 @@ RECIPES = {
         eval_every=200,
         ckpt_every=200,
     ),
+    "mnist": Training(
+        data="data/mnist",
+        out="out/mnist",
+        steps=7000,
+        batch_size=16,
+        lr=2e-3,
+        warmup=50,
+        decay=0.3,
+        ema_decay=0.999,
+        log_every=50,
+        eval_every=500,
+        ckpt_every=500,
+    ),
 }
-BUNDLED = ("digits", "photos")  # data sets without a download, prepared where they are missing
+BUNDLED = ("digits", "photos", "mnist")  # data sets that are prepared where they are missing
 
 
 def preset(name: str) -> Config:
@@ -267,7 +280,8 @@ def check_packages(training, samples):
     out. `samples` is the number of images that will be made.
     """
     meta = meta_of(training)
-    if is_bundled(training) and not meta and (missing("sklearn") or missing("PIL")):
+    of_sklearn = is_bundled(training) and Path(training.data).name != "mnist"
+    if of_sklearn and not meta and (missing("sklearn") or missing("PIL")):
         raise ValueError(
             f"to prepare {training.data}: pip install scikit-learn pillow (data/README.md)"
         )

@@ -407,6 +407,17 @@ def test_initial_embeddings_are_those_of_dit(fresh):
         assert abs(layer.weight.std().item() / 0.02 - 1) < 0.15
 
 
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_initial_labels_have_the_spread_of_the_config(std):
+    model = DyDiLiT(replace(TINY, hidden_size=64, num_classes=100, label_std=std))
+    assert abs(model.y_embedder.embedding_table.weight.std().item() / std - 1) < 0.1
+
+
+@pytest.mark.parametrize("name", ["S/2", "B/2", "L/2"])
+def test_initial_labels_of_the_papers_sizes_are_those_of_dit(name):
+    assert PRESETS[name].label_std == 0.02
+
+
 def test_initial_biases_are_zero_but_for_a_convolution(fresh):
     for name, p in fresh.named_parameters():
         if name.endswith(".bias") and "depth_conv" not in name:
@@ -618,13 +629,14 @@ def test_multiply_adds_are_those_of_the_paper(name, input_size, printed, true, m
 
 WRONG = [
     ({"hidden_size": 6}, "hidden_size must be a multiple of 4, got 6"),
-    ({"input_size": 9}, "patch_size must divide input_size, got 2 and 9"),
+    ({"input_size": 9}, "patch_size 2 must divide the side 9"),
     ({"depth": 2.0}, "Config.depth must be int, got 2.0"),
     ({"depth": True}, "Config.depth must be int, got True"),
     ({"normalize": 1}, "Config.normalize must be bool, got 1"),
     ({"n_kernels": "9"}, "Config.n_kernels must be int, got '9'"),
     ({"n_lambdas": 0}, "Config.n_lambdas must be .*1.*, got 0"),
     ({"num_classes": -1}, "Config.num_classes must be .*1.*, got -1"),
+    ({"label_std": -0.1}, "Config.label_std must be between 0 .*, got -0.1"),
 ]
 
 

@@ -200,7 +200,7 @@ UNKNOWN = ["XL/2", "DiT-XL/2", "DiX-S/2", "DiT", "-", "-S/2", "DiT-", "S/2-DiT",
 def test_an_unknown_preset_lists_the_known(name):
     with pytest.raises(ValueError) as e:
         preset(name)
-    known = f"unknown preset {name!r}; known: S/2, B/2, L/2, pixels32, photos, digits; "
+    known = f"unknown preset {name!r}; known: S/2, B/2, L/2, pixels32, photos, digits, mnist; "
     assert str(e.value).startswith(known)
     assert all(known in str(e.value) for known in VARIANTS)
 

