@@ -76,7 +76,7 @@ def prepare(out):
         "classes": list("0123456789"),
         "flip": False,
         "held_out": HELD_OUT,
-        "levels": 255,
+        "levels": 1,
     }
     write(out, images[order][:, None], labels[order], meta)
 

@@ -80,7 +80,7 @@ def test_the_layout(prepared):
         "classes": list("0123456789"),
         "flip": False,
         "held_out": HELD_OUT,
-        "levels": 255,
+        "levels": 1,
     }
     assert sorted(contents(prepared)) == SET_FILES
 
