@@ -4,6 +4,7 @@ For whoever wants a model. It reads: command line -> dydilit.train -> samples. I
 support/ and sample_min.py; Pillow, matplotlib and eval_min.py only at the end of a run.
 
     torchrun train_min.py                    the digits, on a CPU or a GPU
+    torchrun train_min.py --preset mnist     larger digits: 196 tokens of 64 channels
     torchrun train_min.py --preset photos    crops of two photographs: 256 tokens, as in the paper
     torchrun --nproc_per_node=8 train_min.py --preset S/2 --data data/NAME --out out/NAME --bf16
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
