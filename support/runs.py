@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -64,8 +64,8 @@ def check_entries(path: Path, ckpt):
 def check_same_run(path: Path, about: dict, config: Config, training: Training):
     """ValueError unless it is a checkpoint of this model, training and data."""
     meta = Data(training.data, config).meta
-    then = {"tf32": False, "kind": about["kind"]}  # older checkpoints do not have tf32
-    then |= about["config"] | about["training"] | about["meta"]
+    then = {f.name: f.default for part in (config, training) for f in fields(part)}  # if older
+    then |= {"kind": about["kind"]} | about["config"] | about["training"] | about["meta"]
     now = {"kind": type(config).__name__} | asdict(config) | asdict(training) | meta
     known = [k for k in then | now if k not in (*RESUMABLE, "crc32")]
     differing = [k for k in known if now.get(k) != then.get(k)]

@@ -168,6 +168,15 @@ def test_a_checkpoint_that_is_older_than_the_checksum_of_data_goes_on(on_grey):
     assert resume(CONFIG, on_grey) == 8
 
 
+def test_a_checkpoint_without_a_newer_field_had_its_default(on_grey):
+    file = Path(on_grey.out, "ckpt.pt")
+    ckpt = torch.load(file)
+    del ckpt["training"]["tf32"], ckpt["config"]["label_std"]
+    save_checkpoint(file, ckpt)
+    refusal(lambda: resume(CONFIG, replace(on_grey, tf32=True)), "tf32 False (now True)")
+    assert resume(CONFIG, on_grey) == 8
+
+
 def test_of_a_large_set_some_rows_and_all_labels_are_compared(tmp_path):
     shape = (4096, 1, 264, 264)
     folder = write_set(tmp_path / "large", np.zeros((1, 1, 1, 1), np.uint8), np.arange(4096) % 10)
