@@ -1096,5 +1096,8 @@ def project_without_counts(rows, projectors, index):
 
 if __name__ == "__main__":  # python -m dydilit: which path runs here, and is it right?
     sys.modules["dydilit"] = sys.modules["__main__"]
-    from support.fused import main
+    try:
+        from support.fused import main
+    except ModuleNotFoundError:  # where pip has installed it
+        from dydilit_fused import main
     main()
