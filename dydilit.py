@@ -126,8 +126,8 @@ def route(z: Tensor, router: Tensor, router_grad: bool = True) -> tuple[Tensor, 
       index (...) int64: the winner; of equal logits the lowest index;
       gate (..., 1): p / p.detach() with p = softmax(logits)[index]: exactly 1, the paper's value,
         with the gradient of log p for the router (here the paper is silent); or a constant 1."""
-    with no_autocast(z):  # F.linear: z @ router, at four times its speed on a CPU
-        logits = F.linear(at_least_float32(z), at_least_float32(router).mT.contiguous())
+    with no_autocast(z):
+        logits = at_least_float32(z) @ at_least_float32(router)
         index = logits.argmax(-1)
         if not router_grad:
             return index, torch.ones_like(logits[..., :1])
@@ -242,9 +242,8 @@ class DWC(nn.Module):
         self.horizontal = self.vertical = None
 
     def forward(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        depthwise = len(self.bias)  # a group for each channel
-        image = to_image(v, grid)
-        return to_tokens(F.conv2d(image, self.kernel(), self.bias, padding=1, groups=depthwise))
+        image, D = to_image(v, grid), v.shape[-1]
+        return to_tokens(F.conv2d(image, self.kernel(), self.bias, padding=1, groups=D))
 
 class DyDiLA(nn.Module):
     """Dynamic differential linear attention (Fig. 2b): x (B, N, D), grid (H, W) with H W = N
@@ -336,8 +335,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         a = angles(t, self.frequencies // 2)
-        waves = torch.cat([a.cos(), a.sin()], dim=1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([a.cos(), a.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
 class LabelEmbedder(nn.Module):
     """y (B,) -> (B, dim); y = num_classes means "no label", for guidance."""
@@ -1010,9 +1008,7 @@ def save_for_backward(ctx, inputs, output):
 
 def attention_backward(ctx, grad_out, *_):
     """Gradients of the nine tensors, and None for the three options."""
-    (q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
-     dq, dk, attn, kernel_logits, difference_logits, k_sum, den) = ctx.saved_tensors
-    inputs = (q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers)
+    *inputs, dq, dk, attn, kernel_logits, difference_logits, k_sum, den = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph: second derivatives, which the op has not
         leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
         out = dydila_reference(*leaves, normalize=ctx.normalize, router_grad=ctx.router_grad,
@@ -1096,5 +1092,8 @@ register_flop_formula([torch.ops.dydilit.project, torch.ops.dydilit.project_weig
 
 if __name__ == "__main__":  # python -m dydilit: which path runs here, and is it right?
     sys.modules["dydilit"] = sys.modules["__main__"]
-    from support.fused import main
+    try:
+        from support.fused import main
+    except ModuleNotFoundError:  # where pip has installed it
+        from dydilit_fused import main
     main()

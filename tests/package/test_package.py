@@ -1,4 +1,4 @@
-"""What `pip install .` gives: dydilit.py alone, with or without the extension."""
+"""What `pip install .` gives: dydilit.py and the check of its op, with or without the extension."""
 
 import inspect
 import re
@@ -97,8 +97,25 @@ for path in sys.argv[1:3]:
 """
 
 
+def install(folder):
+    """What pyproject.toml names, without the extension, in an empty folder."""
+    named = read_configuration(ROOT / "pyproject.toml")["tool"]["setuptools"]
+    for module in named["py-modules"]:
+        shutil.copy(ROOT / f"{module}.py", folder)
+    for package in named["packages"]:
+        shutil.copytree(ROOT / named["package-dir"][package], folder / package)
+
+
+def test_the_installed_module_says_which_path_runs(tmp_path):
+    install(tmp_path)
+    command = [sys.executable, "-m", "dydilit"]
+    done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("attention: Python path (no extension built), CPU, float32\n")
+
+
 def test_dydilit_alone_loads_a_checkpoint_and_a_folder(tmp_path):
-    """A copy in an empty folder, without the extension and without the repository."""
+    """In an empty folder, without the extension and without the repository."""
     model = randomized(DyDiLiT(CONFIG)).float()
     model.meta, model.step = {"name": "digits"}, 5
     model.save_pretrained(tmp_path / "model")
@@ -108,7 +125,7 @@ def test_dydilit_alone_loads_a_checkpoint_and_a_folder(tmp_path):
     dydilit.save_checkpoint(tmp_path / "ckpt.pt", parts | about)
     batch = torch.randn(2, 1, 8, 8), torch.tensor([3, 900]), torch.tensor([0, 10])
     torch.save(batch, tmp_path / "batch.pt")
-    shutil.copy(ROOT / "dydilit.py", tmp_path)
+    install(tmp_path)
 
     command = [sys.executable, "-c", USE, "ckpt.pt", "model"]
     done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True)
