@@ -1,21 +1,21 @@
 """DyDi-LiT in one file: Dynamic Differential Linear Attention (arXiv 2601.13683), from the
 equations to the training loop. Read it top to bottom; NOTES.md says where the paper is silent.
 
-    here                 shape          in the paper                                     where
-    x                    (B, N, D)      X: N tokens of width d = D, for each of B images Sec. 3.1
-    q, k, v              (B, N, D)      Q, K, V = X W_0: projections all tokens share    Sec. 3.1
-    q_prime, k_prime     (B, N, D)      Q', K', the redundancy, by routed projectors     (1) (2)
-    q_projectors, k_..   (n_P, D, D)    W_i^Q, W_i^K for i = 1 .. n_P                    (2)
-    .._projector_router  (D, n_P)       R_P^Q, R_P^K                                     (1)
-    gamma                (n_F,)         kernel factors gamma_1 .. gamma_{n_F}            (5) (6)
-    kernel_routers       (4, D, n_F)    R_F for Q, K, Q', K'                             (6)
-    q_t, k_t, qp_t, kp_t (B, N, D)      Q~, K~, Q~', K~': tokens after the kernel phi    (6)
-    lam                  (n_D,)         differential factors lambda_1 .. lambda_{n_D}    (7)
-    difference_routers   (2, 2D, n_D)   R_D for Q and K                                  (7)
-    dq, dk               (B, N, D)      Q~ - lambda^Q Q~', K~ - lambda^K K~'             (8)
-    DWC                                 re-parameterised 3x3 depthwise convolution       (9)
+    here                 shape        in the paper                      where
+    x                    (B, N, D)    X: N tokens of width d = D        Sec. 3.1
+    q, k, v              (B, N, D)    Q, K, V = X W_0                   Sec. 3.1
+    q_prime, k_prime     (B, N, D)    Q', K', the redundancy in Q, K    (1) (2)
+    q_projectors, k_..   (n_P, D, D)  W_i^Q, W_i^K for i = 1 .. n_P     (2)
+    .._projector_router  (D, n_P)     R_P^Q, R_P^K                      (1)
+    gamma                (n_F,)       factors gamma_1 .. gamma_{n_F}    (5) (6)
+    kernel_routers       (4, D, n_F)  R_F for Q, K, Q', K'              (6)
+    q_t, k_t, qp_t, kp_t (B, N, D)    Q~, K~, Q~', K~': after phi       (6)
+    lam                  (n_D,)       factors lambda_1 .. lambda_{n_D}  (7)
+    difference_routers   (2, 2D, n_D) R_D for Q and K                   (7)
+    dq, dk               (B, N, D)    Q~ - lambda^Q Q~', the same of K  (8)
+    DWC                               re-parameterised 3x3 convolution  (9)
 
-Attention has one head of width D: the paper's GFLOPs allow no other number (NOTES.md).
+B images. One head of width D: the paper's GFLOPs allow no other number (NOTES.md).
 The skeleton keeps DiT's names (Peebles & Xie 2023), the new parts the paper's letters.
 """
 
@@ -216,9 +216,9 @@ class DWC(nn.Module):
     """Depthwise 3x3 convolution from parallel 3x3, 1x3 and 3x1 branches (Eq. 9; ACNet, Ding et al.
     2019): v (B, N, D), grid (H, W) -> (B, N, D).
 
-    No batch norm inside the branches: it would mix images of different noise levels. Without it
-    their kernels add up to one: the same function at a third of the cost. The branches change the
-    optimiser's path; `merge_` leaves one plain 3x3."""
+    No batch norm: it would mix images of different noise levels. So the kernels add up to one, the
+    same function at a third of the cost; the branches only change the optimiser's path. `merge_`
+    leaves one plain 3x3."""
     def __init__(self, dim: int):
         super().__init__()
         def branch(*size):  # channels-last like its gradient, since DDP wants them alike
@@ -247,7 +247,7 @@ class DWC(nn.Module):
 
 class DyDiLA(nn.Module):
     """Dynamic differential linear attention (Fig. 2b): x (B, N, D), grid (H, W) with H W = N
-    -> (B, N, D). ValueError if the grid does not hold the tokens. It can stand alone elsewhere."""
+    -> (B, N, D). ValueError if the grid does not hold the tokens."""
     def __init__(self, config: Config):
         super().__init__()
         D, n_P = config.hidden_size, config.n_projectors
@@ -446,7 +446,7 @@ class DyDiLiT(nn.Module):
 def initialize(model: nn.Module):
     """Every initial value, in one place; drawn from torch's global generator."""
     for module in model.modules():  # first by kind
-        if isinstance(module, nn.Linear):  # DiT's rule; Sana leaves its own at PyTorch's default
+        if isinstance(module, nn.Linear):  # DiT's rule
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -724,13 +724,13 @@ def learning_rate(training: Training, step: int) -> float:
 def train(config: Config, training: Training, resume: bool = False,
           on_step: Callable | None = None, on_eval: Callable | None = None,
           compiled: bool = False, mfu: float = 0.0) -> int:
-    """Train, and leave ckpt.pt and log.jsonl in training.out. Returns the steps done: fewer than
+    """Train, and leave ckpt.pt and log.jsonl in training.out. Returns the steps done, fewer than
     training.steps after SIGINT, SIGTERM or SIGHUP.
-    resume goes on from ckpt.pt, which support/runs.py has checked. on_step(step, loss) is called
-    after every step, on_eval(averaged model, batch) at every evaluation, with the held-out batch or
-    that of the step; its dict joins the log. compiled: by torch.compile. mfu: the share of the
-    devices' peak that one image a second takes. FileExistsError if `out` holds a run and resume is
-    off; ValueError for a batch that does not divide; FloatingPointError if a loss is not finite."""
+    resume: from ckpt.pt, which support/runs.py has checked. on_step(step, loss): after every step.
+    on_eval(averaged model, batch): its dict joins the log; batch is held out, or the step's.
+    compiled: by torch.compile. mfu: the share of the peak that one image a second takes.
+    FileExistsError if `out` holds a run and resume is off; ValueError for a batch that does not
+    divide; FloatingPointError if a loss is not finite."""
     rank, world, device = distributed()
     torch.manual_seed(training.seed)
     share = training.batch_size // world  # images of a step for this process
@@ -755,9 +755,11 @@ def train(config: Config, training: Training, resume: bool = False,
     held_out = [z.to(device) for z in data.held_out()]
     mine = range(rank * share, (rank + 1) * share)  # of each batch
     began, logged = time.time(), step
+
     def fetch(step):
         batch = data.batch(training.seed, step, training.batch_size, mine, training.label_dropout)
         return [z.pin_memory() for z in batch] if device.type == "cuda" else batch
+
     with stop_signals() as signals, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(fetch, step)  # the next batch is read during this step
         while step < training.steps:
@@ -841,8 +843,7 @@ def distributed() -> tuple[int, int, torch.device]:
 
 @contextmanager
 def stop_signals() -> Iterator:
-    """A list that SIGINT, SIGTERM and SIGHUP join, in place of what they would do. It stays empty
-    outside of the main thread."""
+    """A list that SIGINT, SIGTERM and SIGHUP join instead of acting; empty in other threads."""
     received, before = [], {}
     stopping = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     try:
@@ -894,7 +895,7 @@ def naming(path: str | Path, what: str) -> Iterator:
         raise ValueError(f"{path} {what}: {' '.join(str(e).split())[:200]}") from e
 
 def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
-    """What `train` saved: model, ema, optimizer, step, kind (the config's class), config, training,
+    """What `train` saved: model, ema, optimizer, step, kind (config's class), config, training,
     meta (of the data). FileNotFoundError, or ValueError if it cannot be read or has changed."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path}; `torchrun train_min.py` makes one")
@@ -943,7 +944,7 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
                      difference_routers: Tensor, *, normalize: bool = True,
                      router_grad: bool = True, eps: float = 1e-6,
                      backend: str = "auto") -> Tensor:
-    """dydila_reference, whose docstring has the shapes, by the extension where that is possible.
+    """dydila_reference (shapes there), by the extension where that is possible.
     backend: "auto", "reference" or "fused" (RuntimeError without the extension)."""
     inputs = (q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers)
     check_shapes(*inputs)
@@ -971,7 +972,7 @@ def dydila_attention(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
 
 def in_transform() -> bool:
     """Whether torch.func or forward mode is at work, for which the op has no rules."""
-    return (torch._C._are_functorch_transforms_active()  # private, but torch offers no other way
+    return (torch._C._are_functorch_transforms_active()  # private: there is no other way
             or torch.autograd.forward_ad._current_level >= 0)
 
 def no_autocast(x: Tensor):
@@ -1041,16 +1042,16 @@ if FUSED_DEVICES:
     register_flop_formula(ops.attention_bwd)(lambda grad_out, *x, **_: flops(*x, backward=True))
 
 def project(rows: Tensor, projectors: Tensor, index: Tensor) -> Tensor:
-    """project_by_index, the sizes of whose products depend on the routes. torch.compile takes it as
-    one operator. By tiles no GPU waits for the host to learn them, and torch.func has all rules."""
+    """project_by_index, for torch.compile as one operator: the sizes of its products depend on the
+    routes. By tiles no GPU waits to learn them, and torch.func has all rules."""
     if rows.is_cuda or in_transform():
         return project_by_tiles(rows, projectors, index)
     dtype = (rows[:0] @ rows[:0].mT).dtype  # autocast may decide it
     return project_op(rows.to(dtype), projectors.to(dtype), index)
 
 def project_by_tiles(rows, projectors, index):
-    """The rows of one projector fill tiles of T rows, the last of them with zeros. (F.grouped_mm of
-    torch 2.13 would do for bfloat16 on sm_90 and sm_100, but for a projector without rows.)"""
+    """The rows of a projector fill tiles of T rows, the last of them with zeros (csrc/README.md
+    says why not F.grouped_mm)."""
     M, n = len(rows), len(projectors)
     T = 16 * math.ceil(max(M, 1) / n / 128)  # 8 n tiles, and at most n more
     chosen = (index.unsqueeze(1) == torch.arange(n, device=index.device)).long()  # (M, n)

@@ -64,7 +64,8 @@ def check_entries(path: Path, ckpt):
 def check_same_run(path: Path, about: dict, config: Config, training: Training):
     """ValueError unless it is a checkpoint of this model, training and data."""
     meta = Data(training.data, config).meta
-    then = {f.name: f.default for part in (config, training) for f in fields(part)}  # if older
+    # a checkpoint that is older than a field had the field's default
+    then = {f.name: f.default for part in (Config, Training) for f in fields(part)}
     then |= {"kind": about["kind"]} | about["config"] | about["training"] | about["meta"]
     now = {"kind": type(config).__name__} | asdict(config) | asdict(training) | meta
     known = [k for k in then | now if k not in (*RESUMABLE, "crc32")]
