@@ -94,7 +94,7 @@ PRESETS = {
                        label_std=1.0),
 }
 
-# ------------------------------------------------------------
+# ----------------------------
 # The equations: pure functions, float32 or float64 inside; they specify the fused op.
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def power_kernel(z: Tensor, gamma: Tensor | float) -> Tensor:
     z (..., D), gamma broadcasts over (..., 1); returns (..., D), at least float32. A row without a
     positive entry gives 0 and zero gradients."""
     r = at_least_float32(z).relu()
-    # Divided by its largest entry, r lies in [0, 1], and so does its power. The scale m cancels in
-    # Eq. 5, so it carries no gradient.
+    # Divided by its largest entry, r lies in [0, 1], and so does its power. The scale m cancels
+    # and carries no gradient.
     m = r.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
     t = r / m
     # The gradient of 0^gamma can be NaN: entries that are 0 become 1 before the power, 0 after it.
@@ -138,9 +138,9 @@ def routed_projection(x: Tensor, projectors: Tensor, router: Tensor,
                       router_grad: bool = True) -> Tensor:
     """Q' or K' (Eqs. 1 and 2): each token through the projector that it is routed to.
     x (B, N, D), projectors (n_P, D, D), router (D, n_P); returns (B, N, D)."""
-    rows = x.flatten(0, 1)                                 # (B N, D)
-    index, gate = route(rows, router, router_grad)         # Eq. 1
-    projected = project(rows, projectors, index)           # Eq. 2
+    rows = x.flatten(0, 1)  # (B N, D)
+    index, gate = route(rows, router, router_grad)  # Eq. 1
+    projected = project(rows, projectors, index)  # Eq. 2
     return (projected * gate.to(projected.dtype)).view_as(x)
 
 def project_by_index(rows: Tensor, projectors: Tensor, index: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, normalize: bool = True, ep
     out = (q @ k.mT) @ v if tokens_first else q @ (k.mT @ v)
     if not normalize:
         return out
-    den = q @ k.sum(-2, keepdim=True).mT                          # (B, N, 1)
-    floor = 1e-3 * norm(q) * norm(k).sum(-2, keepdim=True)        # (B, N, 1)
+    den = q @ k.sum(-2, keepdim=True).mT  # (B, N, 1)
+    floor = 1e-3 * norm(q) * norm(k).sum(-2, keepdim=True)  # (B, N, 1)
     return out / (torch.maximum(den, floor) + eps)
 
 def dydila_reference(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: Tensor,
@@ -201,7 +201,7 @@ def dydila_reference(q: Tensor, k: Tensor, q_prime: Tensor, k_prime: Tensor, v: 
         o = linear_attention(dq, dk, at_least_float32(v), normalize, eps)    # Eqs. 4, 8
         return o.to(v.dtype)
 
-# ------------------------------------------------------------
+# ----------------------------
 # The module.
 
 def to_image(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -257,15 +257,15 @@ class DyDiLA(nn.Module):
         self.dtype = None  # cast q .. v to this for the attention; None: leave them
         def router(*shape):
             return nn.Parameter(torch.empty(shape), requires_grad=self.router_grad)
-        self.qkv = nn.Linear(D, 3 * D, bias=False)                # W_0
+        self.qkv = nn.Linear(D, 3 * D, bias=False)  # W_0
         self.q_projectors = nn.Parameter(torch.empty(n_P, D, D))  # W_i^Q
         self.k_projectors = nn.Parameter(torch.empty(n_P, D, D))  # W_i^K
-        self.q_projector_router = router(D, n_P)                  # R_P^Q
-        self.k_projector_router = router(D, n_P)                  # R_P^K
+        self.q_projector_router = router(D, n_P)  # R_P^Q
+        self.k_projector_router = router(D, n_P)  # R_P^K
         self.gamma = nn.Parameter(torch.empty(n_F))
-        self.kernel_routers = router(4, D, n_F)                   # R_F
+        self.kernel_routers = router(4, D, n_F)  # R_F
         self.lam = nn.Parameter(torch.empty(n_D))
-        self.difference_routers = router(2, 2 * D, n_D)           # R_D
+        self.difference_routers = router(2, 2 * D, n_D)  # R_D
         self.dwc = DWC(D)
         self.proj = nn.Linear(D, D)
         initialize(self)
@@ -280,7 +280,7 @@ class DyDiLA(nn.Module):
             *(z.to(self.dtype or z.dtype) for z in (q, k, q_prime, k_prime, v)),
             self.gamma, self.lam, self.kernel_routers, self.difference_routers,
             normalize=self.normalize, router_grad=self.router_grad, backend=self.backend)
-        return self.proj(o + self.dwc(v, grid))                   # Eq. 9
+        return self.proj(o + self.dwc(v, grid))  # Eq. 9
 
 class GLUMBConv(nn.Module):
     """The feed-forward of Sana (Xie et al. 2025): 1x1 to 8D, SiLU, depthwise 3x3, gate to 4D, 1x1
@@ -293,12 +293,12 @@ class GLUMBConv(nn.Module):
         self.point_conv = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = F.silu(self.inverted_conv(x))                # (B, N, 8D)
+        x = F.silu(self.inverted_conv(x))  # (B, N, 8D)
         x = to_tokens(self.depth_conv(to_image(x, grid)))
-        x, gate = x.chunk(2, dim=-1)                     # (B, N, 4D) each
-        return self.point_conv(x * F.silu(gate))         # (B, N, D)
+        x, gate = x.chunk(2, dim=-1)  # (B, N, 4D) each
+        return self.point_conv(x * F.silu(gate))  # (B, N, D)
 
-# ------------------------------------------------------------
+# ----------------------------
 # The network: DiT's skeleton around them.
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -398,20 +398,20 @@ class DyDiLiT(nn.Module):
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B, N, p p 2C) -> (B, 2C, H, W)."""
         p = self.config.patch_size
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, self.grid)    # (B, h, w, p, p, 2C)
-        x = torch.einsum("nhwpqc->nchpwq", x)                     # (B, 2C, h, p, w, p)
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, self.grid)  # (B, h, w, p, p, 2C)
+        x = torch.einsum("nhwpqc->nchpwq", x)  # (B, 2C, h, p, w, p)
         return x.flatten(4, 5).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         C, side = self.config.in_channels, self.config.input_size
         if x.shape[1:] != (C, side, side):
             raise ValueError(f"x is {tuple(x.shape)}; this model takes (B, {C}, {side}, {side})")
-        x = self.x_embedder(x) + self.pos_embed          # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)      # (B, D)
+        x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
-            x = block(x, c, self.grid)                   # (B, N, D)
-        x = self.final_layer(x, c)                       # (B, N, p p 2C)
-        return self.unpatchify(x)                        # (B, 2C, H, W)
+            x = block(x, c, self.grid)  # (B, N, D)
+        x = self.final_layer(x, c)  # (B, N, p p 2C)
+        return self.unpatchify(x)  # (B, 2C, H, W)
 
     @staticmethod
     def from_pretrained(path: str | Path, kinds: tuple[type, ...] = (Config,)) -> "DyDiLiT":
@@ -430,7 +430,7 @@ class DyDiLiT(nn.Module):
 
     def save_pretrained(self, folder: str | Path):
         """Write model.safetensors, whose header describes the model, and config.json, a copy of
-        that for people. A kill or a full disk leaves the old model or the new."""
+        it. A kill or a full disk leaves the old model or the new."""
         from safetensors.torch import save
         Path(folder).mkdir(parents=True, exist_ok=True)
         weights = {name: z.contiguous() for name, z in self.state_dict().items()}
@@ -479,7 +479,7 @@ def initialize(model: nn.Module):
             if isinstance(module, FinalLayer):  # and the output as 0
                 nn.init.zeros_(module.linear.weight)
 
-# ------------------------------------------------------------
+# ----------------------------
 # Randomness by address: a random number depends on (seed, what it is for), never on what was drawn
 # before. So a training step can be repeated, resumed, or shared among processes.
 
@@ -489,7 +489,7 @@ def generator(seed: int, purpose: int, a: int = 0, b: int = 0) -> np.random.Gene
     """The generator (Philox) of one address, such as (seed, STEP, step, image)."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, purpose, a, b]))
 
-# ------------------------------------------------------------
+# ----------------------------
 # Diffusion, as in DiT: Ho et al. 2020, with Nichol & Dhariwal's learned variance (2021).
 
 def respace(T: int, steps: int) -> list[int]:
@@ -521,11 +521,11 @@ class Diffusion:
         self.timesteps = torch.tensor(respace(T, T if steps is None else steps))
         betas = torch.linspace(1e-4, 2e-2, T, dtype=torch.float64)
         abar = torch.cumprod(1 - betas, 0)[self.timesteps]
-        previous = torch.cat([abar.new_ones(1), abar[:-1]])       # abar_{t-1}
+        previous = torch.cat([abar.new_ones(1), abar[:-1]])  # abar_{t-1}
         alpha = abar / previous
         beta = 1 - alpha
-        variance = beta * (1 - previous) / (1 - abar)             # beta~_t: 0 at t = 0
-        clipped = torch.cat([variance[1:2], variance[1:]])        # its log is finite
+        variance = beta * (1 - previous) / (1 - abar)  # beta~_t: 0 at t = 0
+        clipped = torch.cat([variance[1:2], variance[1:]])  # its log is finite
         self.tables = {
             "sqrt_abar": abar.sqrt(), "sqrt_1m_abar": (1 - abar).sqrt(),
             "sqrt_previous": previous.sqrt(), "sqrt_1m_previous": (1 - previous).sqrt(),
@@ -636,7 +636,7 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp_min(1e-12).log()
 
-# ------------------------------------------------------------
+# ----------------------------
 # Training.
 
 @dataclass(frozen=True)
@@ -666,7 +666,7 @@ class Training:
             fractions=("decay", "ema_decay", "label_dropout"))
 
 class Data:
-    """A prepared data set (data/README.md), which support/prepared.py has checked."""
+    """A prepared set (data/README.md), checked by support/prepared.py."""
     def __init__(self, path: str | Path, config: Config):
         self.meta = json.loads(Path(path, "meta.json").read_text())
         self.images = np.load(Path(path, "images.npy"), mmap_mode="r")
@@ -680,7 +680,7 @@ class Data:
         self.orders = {}
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order of the training rows in an epoch: a function of (seed, epoch)."""
+        """The order of an epoch's training rows, by (seed, epoch)."""
         if (seed, epoch) not in self.orders:
             self.orders = {(seed, epoch): generator(seed, ORDER, epoch).permutation(self.n_train)}
         return self.orders[seed, epoch]
@@ -827,7 +827,7 @@ def held_out_loss(diffusion: Diffusion, model: nn.Module, batch: list, micro: in
     mse, vb = (torch.cat(term).mean().item() for term in zip(*losses))
     return {"held_out_mse": mse, "held_out_loss": mse + vb}
 
-# ------------------------------------------------------------
+# ----------------------------
 # The bookkeeping of a run: processes, signals, the log, checkpoints. No more of the paper.
 
 def distributed() -> tuple[int, int, torch.device]:
@@ -857,7 +857,7 @@ def stop_signals() -> Iterator:
             signal.signal(s, handler)
 
 def start_run(state: dict, out: str, resume: bool) -> int:
-    """The step to go on from: 0, or that of ckpt.pt, which is then loaded into `state`."""
+    """The step to go on from: 0, or that of ckpt.pt, loaded into `state`."""
     path = Path(out, "ckpt.pt")
     if resume and path.exists():
         ckpt = load_checkpoint(path)
@@ -888,7 +888,7 @@ def save_checkpoint(path: str | Path, state: dict):
 
 @contextmanager
 def naming(path: str | Path, what: str) -> Iterator:
-    """An error of any kind becomes a ValueError of one line that names the path."""
+    """Any error becomes a ValueError of one line that names the path."""
     try:
         yield
     except Exception as e:
@@ -917,7 +917,7 @@ def read_folder(folder: str | Path) -> dict:
             about = own
         return {name: about[name] for name in ("kind", "config", "meta", "step")} | {"ema": weights}
 
-# ------------------------------------------------------------
+# ----------------------------
 # The fused op. A reader of the paper may stop here: dydila_attention computes dydila_reference by
 # the extension of csrc/ where it is built, forward and backward.
 
@@ -992,8 +992,8 @@ def check_shapes(q, *rest):
 
 def fake_forward(q, k, q_prime, k_prime, v, gamma, lam, kernel_routers, difference_routers,
                  normalize, router_grad, eps):
-    """out, dq, dk, attn, kernel_logits, difference_logits, k_sum, den (csrc/ops.cpp). CUDA keeps
-    dq, dk, attn in bfloat16 where q is; else they have gamma's dtype."""
+    """What attention_fwd returns (csrc/ops.cpp). Where q is bfloat16 on CUDA, so are dq, dk and
+    attn; else they have gamma's dtype."""
     B, N, D = q.shape
     n, b = min(N, D), B if normalize else 0
     core = q if q.is_cuda and q.dtype == torch.bfloat16 else gamma
@@ -1055,7 +1055,7 @@ def project_by_tiles(rows, projectors, index):
     M, n = len(rows), len(projectors)
     T = 16 * math.ceil(max(M, 1) / n / 128)  # 8 n tiles, and at most n more
     chosen = (index.unsqueeze(1) == torch.arange(n, device=index.device)).long()  # (M, n)
-    rank = chosen.cumsum(0).gather(1, index.unsqueeze(1)).squeeze(1) - 1  # among its projector's
+    rank = chosen.cumsum(0).gather(1, index.unsqueeze(1)).squeeze(1) - 1  # within its group
     tiles = (chosen.sum(0) + T - 1) // T  # of each projector
     ends = tiles.cumsum(0)
     place = T * (ends - tiles)[index] + rank  # of each row
