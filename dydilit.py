@@ -125,7 +125,7 @@ def route(z: Tensor, router: Tensor, router_grad: bool = True) -> tuple[Tensor, 
     z (..., D), router (D, n); returns
       index (...) int64: the winner; of equal logits the lowest index;
       gate (..., 1): p / p.detach() with p = softmax(logits)[index]: exactly 1, the paper's value,
-        with the gradient of log p for the router (here the paper is silent); or a constant 1."""
+        with the gradient of log p (here the paper is silent). router_grad=False: constant 1."""
     with no_autocast(z):
         logits = at_least_float32(z) @ at_least_float32(router)
         index = logits.argmax(-1)

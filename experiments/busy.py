@@ -26,28 +26,18 @@ SET = {name for way in WAYS.values() for name in way}
 
 def images_per_second(preset, duration):
     """Training steps of a preset's model and batch, on random images, for `duration` seconds."""
-    import torch
-
-    import train_min
-    from dydilit import Diffusion
+    from experiments import costs  # it imports torch, which the process that waits does not need
     from support.terminal import keep_memory
 
     keep_memory()
-    config, training, _ = train_min.parse(["--preset", preset])
-    model, diffusion = config.build(), Diffusion()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    B = training.batch_size
-    x = torch.randn(B, config.in_channels, config.input_size, config.input_size)
-    y, t = torch.randint(config.num_classes, (B,)), torch.randint(1000, (B,))
-    steps, began = -1, time.time()  # the first step is not counted
+    config, training = costs.parse(["--preset", preset])
+    step = costs.step_of(config, training.batch_size, "cpu", train=True)
+    step()  # it is not counted
+    steps, began = 0, time.time()
     while steps < 1 or time.time() - began < duration:
-        sum(diffusion.loss(model, x, y, t, torch.randn_like(x))).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step()
         steps += 1
-        if steps == 0:
-            began = time.time()
-    return steps * B / (time.time() - began)
+    return steps * training.batch_size / (time.time() - began)
 
 
 def one_run(way, others, preset, duration):

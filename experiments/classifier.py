@@ -2,12 +2,10 @@
 
 `judge` measures samples by it for the tables of ablate.py; Fig. 11 shows its features. It stands
 for the networks that the paper takes, Inception and ResNet-152, which know nothing of such images.
-For small images of pixels. Imports dydilit.py and evaluation/.
+For small images of pixels. Imports evaluation/ and support/.
 """
 
 import functools
-import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from evaluation.metrics import frechet_distance, precision_recall, statistics
+from support.prepared import read_set
 
 WIDTH = 64  # of the features
 
@@ -59,9 +58,8 @@ def scaled(x):
 
 def read(data_dir):
     """All images (N, H, W, C) uint8 and labels (N,) of a prepared set of pixels, and its meta."""
-    meta = json.loads(Path(data_dir, "meta.json").read_text())
-    images = np.load(Path(data_dir, "images.npy")).transpose(0, 2, 3, 1)
-    return images, np.load(Path(data_dir, "labels.npy")).astype(np.int64), meta
+    meta, images, labels = read_set(data_dir)
+    return np.array(images).transpose(0, 2, 3, 1), labels, meta
 
 
 @functools.cache

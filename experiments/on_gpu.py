@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dydilit import Diffusion
 from experiments.baselines import preset
+from experiments.costs import optimizer_of, random_batch
 from support.timing import machine, seconds
 
 MODES = {  # name: arguments of torch.compile
@@ -79,13 +80,9 @@ def call_of(case, device):
         model = config.build().train(case.what == "training")
     options = MODES[case.mode]
     net = model if options is None else torch.compile(model, **options)
-    shape = (case.images, config.in_channels, side, side)
-    x, noise = torch.randn(shape, device=device), torch.randn(shape, device=device)
-    y = torch.arange(case.images, device=device) % config.num_classes
-    t = torch.arange(case.images, device=device) * 999 // case.images
+    x, y, t, noise = random_batch(config, case.images, device)
     diffusion = Diffusion()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    optimizer = optimizer_of(model)
 
     def training():
         with torch.autocast(device, torch.bfloat16):
