@@ -1044,25 +1044,24 @@ if FUSED_DEVICES:
 def project(rows: Tensor, projectors: Tensor, index: Tensor) -> Tensor:
     """project_by_index, for torch.compile as one operator: the sizes of its products depend on the
     routes. By tiles no GPU waits to learn them, and torch.func has all rules."""
-    if rows.is_cuda or in_transform():
-        return project_by_tiles(rows, projectors, index)
     dtype = (rows[:0] @ rows[:0].mT).dtype  # autocast may decide it
-    return project_op(rows.to(dtype), projectors.to(dtype), index)
+    way = project_by_tiles if rows.is_cuda or in_transform() else project_op
+    return way(rows.to(dtype), projectors.to(dtype), index)
 
 def project_by_tiles(rows, projectors, index):
-    """The rows of a projector fill tiles of T rows, the last of them with zeros (csrc/README.md
-    says why not F.grouped_mm)."""
+    """A projector's rows fill tiles of T, the last with zeros. (F.grouped_mm: csrc/README.md)"""
     M, n = len(rows), len(projectors)
     T = 16 * math.ceil(max(M, 1) / n / 128)  # 8 n tiles, and at most n more
-    chosen = (index.unsqueeze(1) == torch.arange(n, device=index.device)).long()  # (M, n)
-    rank = chosen.cumsum(0).gather(1, index.unsqueeze(1)).squeeze(1) - 1  # within its group
-    tiles = (chosen.sum(0) + T - 1) // T  # of each projector
-    ends = tiles.cumsum(0)
-    place = T * (ends - tiles)[index] + rank  # of each row
     numbers = torch.arange(M // T + n, device=index.device).unsqueeze(1)
+    mine = index == numbers[:n]  # (n, M)
+    count = mine.sum(1)  # the rows of each projector
+    order = mine.flatten().cumsum(0).view_as(mine).gather(0, index.unsqueeze(0)).squeeze(0)
+    tiles = (count + T - 1) // T  # of each projector
+    ends = tiles.cumsum(0)
+    place = order + (T * (ends - tiles) + count - count.cumsum(0) - 1)[index]  # of each row
     owner = (ends <= numbers).sum(1).clamp(max=n - 1)  # the projector of each tile
     filled = rows.new_zeros(len(owner) * T, rows.shape[1]).index_copy(0, place, rows)
-    return (filled.unflatten(0, (-1, T)) @ projectors[owner]).flatten(0, 1)[place]
+    return (filled.unflatten(0, (-1, T)) @ projectors[owner]).flatten(0, 1).index_select(0, place)
 
 project_op = torch.library.custom_op("dydilit::project", project_by_index, mutates_args=())
 
