@@ -21,7 +21,6 @@
 namespace dydilit::cuda {
 namespace {
 
-constexpr int MAX_THREADS = 384;  // of a block of the tile kernels: up to 168 registers each
 constexpr unsigned ALL = 0xffffffffu;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -60,16 +59,44 @@ struct alignas(16) Eight {
   T x[8];
 };
 
-// x = row[first .. first + 7], and 0 for columns >= D
+// row[first .. first + 7], and 0 for columns >= D; a read without a branch
 template <class T>
-__device__ __forceinline__ void load(const T* row, int first, int D, bool vector, float* x) {
-  if (vector && first < D) {
-    const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(row + first);
+__device__ __forceinline__ Eight<T> fetch(const T* row, int first, int D) {
+  Eight<T> eight = *reinterpret_cast<const Eight<T>*>(row + (first < D ? first : 0));
+  if (first >= D) eight = {};
+  return eight;
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const Eight<T>& eight, float* x) {
 #pragma unroll
-    for (int e = 0; e < 8; e++) x[e] = to_float(eight.x[e]);
+  for (int e = 0; e < 8; e++) x[e] = to_float(eight.x[e]);
+}
+
+template <class T>
+__device__ __forceinline__ void load(const T* row, int first, int D, float* x) {
+#pragma unroll
+  for (int e = 0; e < 8; e++) x[e] = first + e < D ? to_float(row[first + e]) : 0.0f;
+}
+
+// x and y = the columns of two rows that this thread owns: COLUMNS / 8 times eight of them, group i
+// from column(i) on. All reads are under way before the first is waited for.
+template <class A, class B, class Column, int COLUMNS>
+__device__ __forceinline__ void load_two(const A* a, const B* b, Column column, int D, bool vector,
+                                         float (&x)[COLUMNS], float (&y)[COLUMNS]) {
+  constexpr int GROUPS = COLUMNS / 8;
+  if (vector) {
+    Eight<A> of_a[GROUPS];
+    Eight<B> of_b[GROUPS];
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++)
+      of_a[i] = fetch(a, column(i), D), of_b[i] = fetch(b, column(i), D);
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) unpack(of_a[i], x + 8 * i), unpack(of_b[i], y + 8 * i);
   } else {
 #pragma unroll
-    for (int e = 0; e < 8; e++) x[e] = first + e < D ? to_float(row[first + e]) : 0.0f;
+    for (int i = 0; i < GROUPS; i++)
+      load(a, column(i), D, x + 8 * i), load(b, column(i), D, y + 8 * i);
   }
 }
 
@@ -91,30 +118,30 @@ __device__ __forceinline__ void store(T* row, int first, int D, bool vector, con
 // Router products on the tensor core, in bfloat16. A float32 number becomes a sum of PARTS bfloat16
 // numbers: part 0 is its rounding, part 1 the rounding of the remainder, and so on.
 
+// Splits two numbers: word[i] holds part i of both, x0's in the low half
 template <int PARTS>
-__device__ __forceinline__ void split(float x, __nv_bfloat16 (&part)[PARTS]) {
+__device__ __forceinline__ void split_pair(float x0, float x1, uint32_t (&word)[PARTS]) {
 #pragma unroll
   for (int i = 0; i < PARTS; i++) {
-    part[i] = __float2bfloat16_rn(x);
-    x -= __bfloat162float(part[i]);
+    word[i] = round_pair(x0, x1);
+    x0 -= __uint_as_float(word[i] << 16), x1 -= __uint_as_float(word[i] & 0xffff0000u);
   }
-}
-
-__device__ __forceinline__ uint32_t pack(__nv_bfloat16 low, __nv_bfloat16 high) {
-  return uint32_t(__bfloat16_as_ushort(low)) | uint32_t(__bfloat16_as_ushort(high)) << 16;
 }
 
 // Splits four numbers: out[i] holds part i of x0, x1 (first word) and of x2, x3 (second word)
 template <int PARTS>
 __device__ __forceinline__ void split4(float x0, float x1, float x2, float x3,
                                        uint2 (&out)[PARTS]) {
-  __nv_bfloat16 a[PARTS], b[PARTS], c[PARTS], d[PARTS];
-  split(x0, a), split(x1, b), split(x2, c), split(x3, d);
+  uint32_t low[PARTS], high[PARTS];
+  split_pair(x0, x1, low), split_pair(x2, x3, high);
 #pragma unroll
-  for (int i = 0; i < PARTS; i++) out[i] = make_uint2(pack(a[i], b[i]), pack(c[i], d[i]));
+  for (int i = 0; i < PARTS; i++) out[i] = make_uint2(low[i], high[i]);
 }
 
-constexpr int groups_per_warp(int D) { return D <= 768 ? 2 : 4; }
+constexpr int groups_per_warp(int D) { return D <= 1152 ? 3 : 4; }  // 12 warps at most
+// The bound on a block of the tile kernels that leaves a thread 128 registers, or 168
+template <int GROUPS>
+constexpr int registers_for = GROUPS == 3 ? 512 : 384;
 int warps_of(int D) { return int(ceil_div(D, 32 * groups_per_warp(D))); }
 int groups_of(int D) { return warps_of(D) * groups_per_warp(D); }
 
@@ -156,10 +183,9 @@ __global__ void split_routers_kernel(const float* routers, int D, int n, Fragmen
     uint32_t word[4];
 #pragma unroll
     for (int w = 0; w < 4; w++) {
-      __nv_bfloat16 low[1], high[1];
-      split(x[2 * w], low), split(x[2 * w + 1], high);
-      x[2 * w] -= __bfloat162float(low[0]), x[2 * w + 1] -= __bfloat162float(high[0]);
-      word[w] = pack(low[0], high[0]);
+      word[w] = round_pair(x[2 * w], x[2 * w + 1]);
+      x[2 * w] -= __uint_as_float(word[w] << 16);
+      x[2 * w + 1] -= __uint_as_float(word[w] & 0xffff0000u);
     }
     fragments[order.at(router, tile, group, 32 * half + lane) + part * order.part_stride()] =
         make_uint4(word[0], word[1], word[2], word[3]);
@@ -167,10 +193,11 @@ __global__ void split_routers_kernel(const float* routers, int D, int n, Fragmen
 }
 
 // logits += R^T x over the columns of this warp (Eqs. 6 and 7): 16 choices x 8 tokens, one fragment
-// C. Part i of R meets part j of x if i + j < P; the other products are below the rounding.
-// `fragment` is part 0 of this tile, group and lane.
+// C for each half, to be added up: a product waits for the last one on the same C. Part i of R
+// meets part j of x if i + j < P; the other products are below the rounding. `fragment` is part 0
+// of this tile, group and lane.
 template <int P, int X_PARTS, int COLUMNS>
-__device__ __forceinline__ void add_logits(float (&logits)[4], const uint4* fragment,
+__device__ __forceinline__ void add_logits(float (&logits)[2][4], const uint4* fragment,
                                            int64_t part_stride, const float (&x)[COLUMNS]) {
 #pragma unroll
   for (int group = 0; group < COLUMNS / 8; group++)
@@ -183,22 +210,23 @@ __device__ __forceinline__ void add_logits(float (&logits)[4], const uint4* frag
       for (int i = 0; i < P; i++) {
         const uint4 a = fragment[i * part_stride + 64 * group + 32 * half];
 #pragma unroll
-        for (int j = 0; j < X_PARTS && i + j < P; j++) mma(logits, a, b[j]);
+        for (int j = 0; j < X_PARTS && i + j < P; j++) mma(logits[half], a, b[j]);
       }
     }
 }
 
 // dx += dlogits R^T: 8 tokens x the columns of this warp. Rows 0 .. 7 of matrix A are the first
 // part of the 8 tokens' dlogits, rows 8 .. 15 the second part; C[g] + C[g + 8] is the product with
-// both. dlogits (padded(n)) are those of this lane's token, 0 from n on.
+// both. dlogits = dgate * list (padded(n)) are those of this lane's token, 0 from n on.
 template <int P, int COLUMNS>
 __device__ __forceinline__ void add_dlogits(float (&dx)[COLUMNS], const uint4* fragment,
-                                            const FragmentOrder& order, const float* dlogits,
-                                            int t) {
+                                            const FragmentOrder& order, const float* list,
+                                            float dgate, int t) {
 #pragma unroll 1
-  for (int tile = 0; tile < order.tiles; tile++, fragment += order.groups * 64, dlogits += 16) {
+  for (int tile = 0; tile < order.tiles; tile++, fragment += order.groups * 64, list += 16) {
     uint2 part[P];
-    split4(dlogits[2 * t], dlogits[2 * t + 1], dlogits[2 * t + 8], dlogits[2 * t + 9], part);
+    split4(dgate * list[2 * t], dgate * list[2 * t + 1], dgate * list[2 * t + 8],
+           dgate * list[2 * t + 9], part);
     const uint4 a = make_uint4(part[0].x, part[1].x, part[0].y, part[1].y);
 #pragma unroll
     for (int group = 0; group < COLUMNS / 8; group++)
@@ -237,6 +265,7 @@ struct Place {
         g(lane / 4),
         t(lane % 4) {}
   __device__ int column(int group) const { return 32 * (warp * GROUPS + group) + 8 * t; }
+  __device__ int operator()(int group) const { return column(group); }
 };
 
 // four[side + 2 prime], one of Q, K, Q', K'. Indexed at run time the array would move from
@@ -246,38 +275,46 @@ __device__ __forceinline__ X of(const X (&four)[4], int side, int prime) {
   return prime ? (side ? four[3] : four[2]) : (side ? four[1] : four[0]);
 }
 
-// x = the sum of x over the threads of the same token, in each of them. buffer (warps, 8, K) may be
-// used again after two more barriers.
-template <int K, int GROUPS>
-__device__ __forceinline__ void row_sum(float (&x)[K], float* buffer, const Place<GROUPS>& at) {
+// Four numbers that belong together, read at once; two; or one
+template <int K>
+struct alignas(4 * K) Numbers {
+  float x[K];
+};
+
+__device__ __forceinline__ float add(float x, float y) { return x + y; }
+__device__ __forceinline__ float maximum(float x, float y) { return fmaxf(x, y); }
+
+// x = `combine` of x over the threads of the same token, in each of them. It takes a barrier
+// between `put`, which leaves what the warp has, and `get`; buffer (warps, 8, K) may be used again
+// after one more. K is 1, 2 or 4.
+template <float combine(float, float), int K, int GROUPS>
+__device__ __forceinline__ void put(Numbers<K> x, float* buffer, const Place<GROUPS>& at) {
 #pragma unroll
   for (int k = 0; k < K; k++) {
-    x[k] += __shfl_xor_sync(ALL, x[k], 1);
-    x[k] += __shfl_xor_sync(ALL, x[k], 2);
-    if (at.t == 0) buffer[(at.warp * TILE + at.g) * K + k] = x[k];
+    x.x[k] = combine(x.x[k], __shfl_xor_sync(ALL, x.x[k], 1));
+    x.x[k] = combine(x.x[k], __shfl_xor_sync(ALL, x.x[k], 2));
   }
-  __syncthreads();
+  if (at.t == 0) reinterpret_cast<Numbers<K>*>(buffer)[at.warp * TILE + at.g] = x;
+}
+
+template <float combine(float, float), int K, int GROUPS>
+__device__ __forceinline__ Numbers<K> get(const float* buffer, const Place<GROUPS>& at) {
+  const Numbers<K>* of_token = reinterpret_cast<const Numbers<K>*>(buffer) + at.g;
+  Numbers<K> x = of_token[0];
+#pragma unroll 2
+  for (int w = 1; w < at.warps; w++) {
+    const Numbers<K> next = of_token[w * TILE];
 #pragma unroll
-  for (int k = 0; k < K; k++) {
-    x[k] = 0;
-#pragma unroll 1
-    for (int w = 0; w < at.warps; w++) x[k] += buffer[(w * TILE + at.g) * K + k];
+    for (int k = 0; k < K; k++) x.x[k] = combine(x.x[k], next.x[k]);
   }
+  return x;
 }
 
 template <int K, int GROUPS>
-__device__ __forceinline__ void row_max(float (&x)[K], float* buffer, const Place<GROUPS>& at) {
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    x[k] = fmaxf(x[k], __shfl_xor_sync(ALL, x[k], 1));
-    x[k] = fmaxf(x[k], __shfl_xor_sync(ALL, x[k], 2));
-    if (at.t == 0) buffer[(at.warp * TILE + at.g) * K + k] = x[k];
-  }
+__device__ __forceinline__ void row_sum(Numbers<K>& x, float* buffer, const Place<GROUPS>& at) {
+  put<add>(x, buffer, at);
   __syncthreads();
-#pragma unroll
-  for (int k = 0; k < K; k++)
-#pragma unroll 1
-    for (int w = 0; w < at.warps; w++) x[k] = fmaxf(x[k], buffer[(w * TILE + at.g) * K + k]);
+  x = get<add, K>(buffer, at);
 }
 
 // The sum of x over the 8 tokens of the tile, for lanes with the same t
@@ -287,35 +324,89 @@ __device__ __forceinline__ float tile_sum(float x) {
   return x;
 }
 
-// extremes = {the largest r, minus the smallest positive one} of z, as far as this thread has it
-template <int COLUMNS>
-__device__ __forceinline__ void extremes_of(const float (&z)[COLUMNS], float* extremes) {
-  extremes[0] = 0, extremes[1] = -FLT_MAX;
+// The same for all columns of a thread: x[0 .. COLUMNS / 8 - 1] = the sums of the g-th eighth of
+// its columns. Each step hands half of what is left to the lane of another token.
+template <int LEFT, int TOKENS, int COLUMNS>
+__device__ __forceinline__ void halve(float (&x)[COLUMNS], int g) {
+  const bool upper = g & TOKENS;
 #pragma unroll
-  for (int i = 0; i < COLUMNS; i++) {
-    extremes[0] = fmaxf(extremes[0], z[i]);
-    extremes[1] = fmaxf(extremes[1], z[i] > 0 ? -z[i] : -FLT_MAX);
+  for (int i = 0; i < LEFT; i++) {
+    const float low = x[i], high = x[LEFT + i];
+    x[i] = (upper ? high : low) + __shfl_xor_sync(ALL, upper ? low : high, 4 * TOKENS);
   }
 }
 
-// arg max of the logits (Eqs. 6 and 7): the lowest index in a tie, the first NaN if there is one
-__device__ __forceinline__ int choose(const float* logits, int n) {
-  int best = 0;
+template <int COLUMNS>
+__device__ __forceinline__ void tile_sums(float (&x)[COLUMNS], int g) {
+  halve<COLUMNS / 2, 4>(x, g);
+  halve<COLUMNS / 4, 2>(x, g);
+  halve<COLUMNS / 8, 1>(x, g);
+}
+
+// The largest r of z and minus the smallest positive one, as far as this thread has it. The second
+// is needed for negative gammas alone.
+template <int COLUMNS>
+__device__ __forceinline__ Numbers<2> extremes_of(const float (&z)[COLUMNS], bool negative_gammas) {
+  Numbers<2> extremes = {{0, -FLT_MAX}};
+#pragma unroll
+  for (int i = 0; i < COLUMNS; i++) extremes.x[0] = fmaxf(extremes.x[0], z[i]);
+  if (negative_gammas)
+#pragma unroll
+    for (int i = 0; i < COLUMNS; i++)
+      extremes.x[1] = fmaxf(extremes.x[1], z[i] > 0 ? -z[i] : -FLT_MAX);
+  return extremes;
+}
+
+// Whether a gamma is negative; asked by a whole warp
+__device__ __forceinline__ bool any_negative(const float* gamma, int n) {
+  bool negative = false;
 #pragma unroll 1
-  for (int j = 1; j < n; j++)
-    best = !(logits[j] <= logits[best]) && logits[best] == logits[best] ? j : best;
+  for (int j = threadIdx.x % 32; j < n; j += 32) negative |= gamma[j] < 0;
+  return __any_sync(ALL, negative);
+}
+
+// log2 t, and u = t^(exponent - 1) from it (phi.h). Tokens of 16 bits take the fast instructions.
+template <class T>
+__device__ __forceinline__ float log2_in(float t) {
+  return sizeof(T) == 2 ? fast_log2(fmaxf(t, FLT_MIN)) : log2_of(t);
+}
+template <class T>
+__device__ __forceinline__ float power_in(float l, float exponent) {
+  return sizeof(T) == 2 ? fast_exp2(smaller((exponent - 1) * l, 127.0f))
+                        : power_less_one(l, exponent);
+}
+
+// The arg max of a token's logits (Eqs. 6 and 7), found by its 4 lanes: of equal logits the lowest
+// index, of NaN the first, which comes before every number. max: the logit itself.
+__device__ __forceinline__ int choose(const float* logits, int n, int t, float& max) {
+  int best = t < n ? t : n;
+  max = t < n ? logits[t] : -INFINITY;
+#pragma unroll 1
+  for (int j = t + 4; j < n; j += 4) {
+    const float next = logits[j];
+    if (!(next <= max) && max == max) best = j, max = next;
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    const float other = __shfl_xor_sync(ALL, max, lanes);
+    const int index = __shfl_xor_sync(ALL, best, lanes);
+    const bool lower = index < best;
+    const bool nan = other != other;
+    if (nan ? max == max || lower : other > max || (other == max && lower))
+      best = index, max = other;
+  }
   return best;
 }
 
 // gamma or lambda of this choice, times its gate if there is one
-__device__ __forceinline__ float chosen(const float* values, const float* logits, int best,
-                                        bool gated) {
-  return gated ? values[best] * gate(logits[best]) : values[best];
+__device__ __forceinline__ float chosen(const float* values, int best, float max, bool gated) {
+  return gated ? values[best] * gate(max) : values[best];
 }
 
 // Offsets into the shared memory of a block, in floats: buffers for sums and maxima over a token,
-// the logits of the three routers that a token meets, and the partial logits of each warp. A
-// token's logits take padded(n) + 1 floats, so that the 8 tokens lie in different banks.
+// the logits of the three routers that a token meets, and the partial logits of each warp, or, in
+// the backward, what the routers chose. A token's logits take padded(n) + 1 floats, so that the 8
+// tokens lie in different banks.
 struct Shared {
   int warps, stride_F, stride_D;
   __host__ __device__ Shared(int warps, int n_F, int n_D)
@@ -327,41 +418,47 @@ struct Shared {
     return warps * TILE * 10 + prime * TILE * stride_F;
   }
   __host__ __device__ int difference() const { return kernel(2); }
-  __host__ __device__ int partial() const {
-    return difference() + TILE * stride_D;
-  }  // (2, warps, 16, 8): forward only
+  __host__ __device__ int last() const { return difference() + TILE * stride_D; }
+  // (2, warps, 16, 8): the partial logits; or (3, 8) of Choice
 };
 
 // partial (warps, 16, 8) [this warp] = logits: 16 choices x 8 tokens, over the warp's columns
 template <int GROUPS>
-__device__ __forceinline__ void put_partial(const float (&logits)[4], float* partial,
+__device__ __forceinline__ void put_partial(const float (&logits)[2][4], float* partial,
                                             const Place<GROUPS>& at) {
-  float* mine = partial + (at.warp * 16 + at.g) * TILE + 2 * at.t;
-  mine[0] = logits[0], mine[1] = logits[1];
-  mine[8 * TILE] = logits[2], mine[8 * TILE + 1] = logits[3];
+  Numbers<2>* mine = reinterpret_cast<Numbers<2>*>(partial) + (at.warp * 16 + at.g) * 4 + at.t;
+  mine[0] = {{logits[0][0] + logits[1][0], logits[0][1] + logits[1][1]}};
+  mine[8 * 4] = {{logits[0][2] + logits[1][2], logits[0][3] + logits[1][3]}};
 }
 
 // The sum of `partial` over the warps, into list (8, stride), and into rows first .. end - 1 of
-// out (rows, n)
-__device__ __forceinline__ void sum_partial(const float* partial, int warps, int tile, int n,
-                                            float* list, int stride, int64_t first, int64_t end,
-                                            float* out) {
-  for (int e = threadIdx.x; e < 16 * TILE; e += blockDim.x) {
-    const int choice = 16 * tile + e / TILE, token = e % TILE;
-    float sum = 0;
-    for (int w = 0; w < warps; w++) sum += partial[w * 16 * TILE + e];
-    if (choice >= n) continue;
-    list[token * stride + choice] = sum;
-    if (first + token < end) out[(first + token) * n + choice] = sum;
+// out (rows, n). Each of 32 threads takes one choice and 4 tokens.
+__device__ __forceinline__ void sum_partial(const float* partial, int warps, int thread, int tile,
+                                            int n, float* list, int stride, int64_t first,
+                                            int64_t end, float* out) {
+  const int choice = 16 * tile + thread / 2, token = thread % 2 * 4;
+  if (choice >= n) return;
+  const Numbers<4>* four = reinterpret_cast<const Numbers<4>*>(partial) + thread;
+  Numbers<4> sum = four[0];
+#pragma unroll 2
+  for (int w = 1; w < warps; w++) {
+    const Numbers<4> next = four[w * 32];
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum.x[i] += next.x[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    list[(token + i) * stride + choice] = sum.x[i];
+    if (first + token + i < end) out[(first + token + i) * n + choice] = sum.x[i];
   }
 }
 
 // Eqs. 5 to 8 for one side, and from d, before it is rounded, what Eq. 4 needs of it. Grid
-// (B tiles_of(N)): a tile has tokens of one image. Block: 32 threads for every 64 (GROUPS = 2) or
-// 128 (GROUPS = 4) columns. Each token is read once, and nothing is computed twice. Shared memory:
-// Shared, at most 40 KB.
+// (B tiles_of(N)): a tile has tokens of one image. Block: 32 threads for every 32 GROUPS columns.
+// Each token is read once, and nothing is computed twice. Shared memory: Shared and the partial
+// logits, at most 40 KB.
 template <class T, int GROUPS>
-__global__ void __launch_bounds__(MAX_THREADS)
+__global__ void __launch_bounds__(registers_for<GROUPS>)
     features_kernel(Features<T> in, int side, float* kernel_logits, float* difference_logits,
                     typename Core<T>::type* d, Denominator denominator) {
   constexpr int P = parts<T>;
@@ -372,81 +469,88 @@ __global__ void __launch_bounds__(MAX_THREADS)
   const int64_t first = int64_t(image) * in.N + blockIdx.x % tiles * TILE, row = first + at.g,
                 end = int64_t(image + 1) * in.N;
   const int width = row < end ? D : 0;  // tokens beyond the image's last are rows of zeros
+  const bool negative_gammas = any_negative(in.gamma, in.n_F);
   const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P},
       of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
 
   float z[2][8 * GROUPS];  // z and z', later t and t', p and p', z~ and z~'
-#pragma unroll
-  for (int prime = 0; prime < 2; prime++)
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-      const Tokens<T> tokens = of(in.z, side, prime);
-      load(tokens.data + (width ? row : 0) * tokens.ld, at.column(group), width, in.vector,
-           z[prime] + 8 * group);
-    }
+  const Tokens<T> tokens = of(in.z, side, 0), primes = of(in.z, side, 1);
+  load_two(tokens.data + (width ? row : 0) * tokens.ld, primes.data + (width ? row : 0) * primes.ld,
+           at, width, in.vector, z[0], z[1]);
 
+  {
+    const Numbers<2> of_z = extremes_of(z[0], negative_gammas),
+                     of_z_prime = extremes_of(z[1], negative_gammas);
+    put<maximum>(Numbers<4>{{of_z.x[0], of_z.x[1], of_z_prime.x[0], of_z_prime.x[1]}},
+                 shared + memory.maxima(), at);
+  }
   for (int tile = 0; tile < of_F.tiles; tile++) {  // logits = z R_F, z' R_F' (Eq. 6)
 #pragma unroll
     for (int prime = 0; prime < 2; prime++) {
-      float logits[4] = {0, 0, 0, 0};
+      float logits[2][4] = {};
       const int64_t fragment = of_F.at(side + 2 * prime, tile, at.warp * GROUPS, at.lane);
       add_logits<P, token_parts<T>>(logits, in.kernel_routers + fragment, of_F.part_stride(),
                                     z[prime]);
-      put_partial(logits, shared + memory.partial() + prime * at.warps * 16 * TILE, at);
+      put_partial(logits, shared + memory.last() + prime * at.warps * 16 * TILE, at);
     }
     __syncthreads();
-    for (int prime = 0; prime < 2; prime++)
-      sum_partial(shared + memory.partial() + prime * at.warps * 16 * TILE, at.warps, tile, in.n_F,
-                  shared + memory.kernel(prime), memory.stride_F, first, end,
+    for (int e = threadIdx.x; e < 64; e += blockDim.x) {
+      const int prime = e / 32;
+      sum_partial(shared + memory.last() + prime * at.warps * 16 * TILE, at.warps, e % 32, tile,
+                  in.n_F, shared + memory.kernel(prime), memory.stride_F, first, end,
                   kernel_logits + (side + 2 * prime) * in.rows * in.n_F);
+    }
     __syncthreads();
   }
 
-  float extremes[4], m[2], sums[4] = {0, 0, 0, 0};  // |t|^2, |p|^2, |t'|^2, |p'|^2
-#pragma unroll
-  for (int prime = 0; prime < 2; prime++) extremes_of(z[prime], extremes + 2 * prime);
-  row_max(extremes, shared + memory.maxima(), at);
+  const Numbers<4> extremes = get<maximum, 4>(shared + memory.maxima(), at);
+  float m[2];
+  Numbers<4> sums = {};  // |t|^2, |p|^2, |t'|^2, |p'|^2
 #pragma unroll
   for (int prime = 0; prime < 2; prime++) {
-    const float* logits = shared + memory.kernel(prime) + at.g * memory.stride_F;
-    const float gamma =  // of the arg max (Eq. 6)
-        chosen(in.gamma, logits, choose(logits, in.n_F), in.router_grad);
-    m[prime] = scale_of(gamma, extremes[2 * prime], -extremes[2 * prime + 1]);
+    float max;
+    const int best = choose(shared + memory.kernel(prime) + at.g * memory.stride_F, in.n_F, at.t,
+                            max);
+    const float gamma = chosen(in.gamma, best, max, in.router_grad);  // of the arg max (Eq. 6)
+    m[prime] = scale_of(gamma, extremes.x[2 * prime], -extremes.x[2 * prime + 1]);
     const float inv_m = reciprocal(m[prime]), exponent = exponent_of(gamma, m[prime]);
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
-      const float t = relu(z[prime][i]) * inv_m;               // t = r / m
-      z[prime][i] = t * power_less_one(log2_of(t), exponent);  // p = t^gamma (Eq. 5)
-      sums[2 * prime] += t * t;
-      sums[2 * prime + 1] += z[prime][i] * z[prime][i];
+      const float t = larger(z[prime][i], 0.0f) * inv_m;       // t = r / m
+      z[prime][i] = t * power_in<T>(log2_in<T>(t), exponent);  // p = t^gamma (Eq. 5)
+      sums.x[2 * prime] += t * t;
+      sums.x[2 * prime + 1] += z[prime][i] * z[prime][i];
     }
   }
   row_sum(sums, shared + memory.sums(), at);
 #pragma unroll
   for (int prime = 0; prime < 2; prime++) {
     const float scale =
-        PhiRow<float>{m[prime], sqrtf(sums[2 * prime]), sqrtf(sums[2 * prime + 1])}.scale();
+        PhiRow<float>{m[prime], sqrtf(sums.x[2 * prime]), sqrtf(sums.x[2 * prime + 1])}.scale();
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) z[prime][i] *= scale;  // z~ = (m s / n) p (Eq. 5)
   }
 
   for (int tile = 0; tile < of_D.tiles; tile++) {  // logits = [z~, z~'] R_D (Eq. 7)
-    float logits[4] = {0, 0, 0, 0};
+    float logits[2][4] = {};
 #pragma unroll
     for (int prime = 0; prime < 2; prime++) {
       const int64_t fragment = of_D.at(2 * side + prime, tile, at.warp * GROUPS, at.lane);
       add_logits<P, P>(logits, in.difference_routers + fragment, of_D.part_stride(), z[prime]);
     }
-    put_partial(logits, shared + memory.partial(), at);
+    put_partial(logits, shared + memory.last(), at);
     __syncthreads();
-    sum_partial(shared + memory.partial(), at.warps, tile, in.n_D, shared + memory.difference(),
-                memory.stride_D, first, end, difference_logits + side * in.rows * in.n_D);
+    if (at.warp == 0)
+      sum_partial(shared + memory.last(), at.warps, at.lane, tile, in.n_D,
+                  shared + memory.difference(), memory.stride_D, first, end,
+                  difference_logits + side * in.rows * in.n_D);
     __syncthreads();
   }
 
-  // lambda = that of the arg max (Eq. 7); d = z~ - lambda z~' (Eq. 8)
-  const float* logits = shared + memory.difference() + at.g * memory.stride_D;
-  const float lam = chosen(in.lam, logits, choose(logits, in.n_D), in.router_grad);
+  float max;  // lambda = that of the arg max (Eq. 7); d = z~ - lambda z~' (Eq. 8)
+  const int best =
+      choose(shared + memory.difference() + at.g * memory.stride_D, in.n_D, at.t, max);
+  const float lam = chosen(in.lam, best, max, in.router_grad);
 #pragma unroll
   for (int i = 0; i < 8 * GROUPS; i++) z[0][i] -= lam * z[1][i];
 #pragma unroll
@@ -455,71 +559,101 @@ __global__ void __launch_bounds__(MAX_THREADS)
 
   if (side == 1 && denominator.partial != nullptr) {  // sums of Dk_j and |Dk_j| over the tile
     float* partial = denominator.partial + int64_t(blockIdx.x) * (D + 1);
-    float square[1] = {0};
+    Numbers<1> square = {};
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
       z[0][i] = width ? z[0][i] : 0.0f;  // a lambda or router may be NaN
-      square[0] += z[0][i] * z[0][i];
-      const float sum = tile_sum(z[0][i]);
-      const int column = at.column(i / 8) + i % 8;
-      if (at.g == 0 && column < D) partial[column] = sum;
+      square.x[0] += z[0][i] * z[0][i];
+    }
+    tile_sums(z[0], at.g);
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+      const int mine = GROUPS * at.g + i, column = at.column(mine / 8) + mine % 8;
+      if (column < D) partial[column] = z[0][i];
     }
     row_sum(square, shared + memory.sums2(), at);
-    const float norms = tile_sum(sqrtf(square[0]));
+    const float norms = tile_sum(sqrtf(square.x[0]));
     if (threadIdx.x == 0) partial[D] = norms;
   }
   if (side == 0 && denominator.den != nullptr) {  // of Dq_i (Guard in phi.h)
     const float* k_sum = denominator.k_sum + int64_t(image) * (D + 1);
-    float sums[2] = {0, 0};  // <Dq_i, K>, |Dq_i|^2
+    Numbers<2> sums = {};  // <Dq_i, K>, |Dq_i|^2
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
       const int column = at.column(i / 8) + i % 8;
-      sums[0] += column < D ? z[0][i] * k_sum[column] : 0.0f;
-      sums[1] += z[0][i] * z[0][i];
+      sums.x[0] += column < D ? z[0][i] * k_sum[column] : 0.0f;
+      sums.x[1] += z[0][i] * z[0][i];
     }
     row_sum(sums, shared + memory.sums2(), at);
-    const Guard<float> guard(sums[0], sqrtf(sums[1]), k_sum[D], denominator.eps);
+    const Guard<float> guard(sums.x[0], sqrtf(sums.x[1]), k_sum[D], denominator.eps);
     if (at.warp == 0 && at.t == 0 && width)
       denominator.den[row] = guard.open ? guard.den : -guard.den;
   }
 }
 
-// The backward of the gate (phi.h), by one warp for the 8 tokens of a tile. `list` and `out` are
-// those of this lane's token: the logits in `list` become dlogits; `out`, if not null, receives
-// them as dlogit_parts numbers each. Returns the gate.
-template <class S>
-__device__ __forceinline__ float gate_backward(float* list, int n, int best, float dgate, S* out,
-                                              int t) {
-  const int columns = padded(n);
-  const float max = list[best];
-  float sum = 0;
+// What a router chose for a token: gamma or lambda times its gate, the gate, the index
+struct Choice {
+  float value, gate;
+  int index;
+};
+
+// The three routers of a side, for the tokens from row `first` on: their choices, and in `list`
+// (8, stride) of each router the gradient of its gate: [j = index] - softmax_j, and 0 for j >= n.
+// Four lanes work on each router and token; a lane has every fourth j.
+template <class T>
+__device__ __forceinline__ void choose_all(const Features<T>& in, const FeatureGradients<T>& grad,
+                                           const Shared& memory, int64_t first, float* shared,
+                                           Choice* choices) {
+  const int side = blockIdx.y, t = threadIdx.x % 4;
 #pragma unroll 1
-  for (int j = t; j < n; j += 4) sum += softmax_numerator(list[j], max);
-  sum += __shfl_xor_sync(ALL, sum, 1);
-  sum += __shfl_xor_sync(ALL, sum, 2);
-  __syncwarp();  // every lane has read the logits; now they may be overwritten
+  for (int pair = threadIdx.x / 4; pair < 3 * TILE; pair += blockDim.x / 4) {
+    const int router = pair / TILE, token = pair % TILE, n = router < 2 ? in.n_F : in.n_D;
+    const int64_t row = first + token;
+    const float* logits = router < 2 ? grad.kernel_logits + (side + 2 * router) * in.rows * n
+                                     : grad.difference_logits + side * in.rows * n;
+    float* list = router < 2 ? shared + memory.kernel(router) + token * memory.stride_F
+                             : shared + memory.difference() + token * memory.stride_D;
+#pragma unroll 4
+    for (int j = t; j < n; j += 4) list[j] = row < in.rows ? logits[row * n + j] : 0.0f;
+    float max, sum = 0;
+    const int best = choose(list, n, t, max);
+    if (t == 0)
+      choices[pair] = {chosen(router < 2 ? in.gamma : in.lam, best, max, in.router_grad),
+                       in.router_grad ? gate(max) : 1.0f, best};
+    if (!in.router_grad) continue;
+#pragma unroll 1
+    for (int j = t; j < n; j += 4) sum += list[j] = softmax_numerator(list[j], max);
+    sum += __shfl_xor_sync(ALL, sum, 1);
+    sum += __shfl_xor_sync(ALL, sum, 2);
+#pragma unroll 1
+    for (int j = t; j < padded(n); j += 4)
+      list[j] = j < n ? dlogit(1.0f, j == best, list[j] / sum) : 0.0f;
+  }
+}
+
+// A token's dlogits, as dlogit_parts numbers each, for the product dR = x^T dlogits; by 4 lanes
+template <class S>
+__device__ __forceinline__ void store_dlogits(const float* list, float dgate, int n, int t,
+                                              S* out) {
+  const int columns = padded(n);
 #pragma unroll 1
   for (int j = t; j < columns; j += 4) {
-    float d = j < n ? dlogit(dgate, j == best, softmax_numerator(list[j], max) / sum) : 0.0f;
-    list[j] = d;
-    if (out == nullptr) continue;
+    float d = dgate * list[j];
 #pragma unroll
     for (int part = 0; part < dlogit_parts<S>; part++) {
       from_float(d, out[part * columns + j]);
       d -= to_float(out[part * columns + j]);
     }
   }
-  return gate(max);
 }
 
 // The backward of Eqs. 8 to 5. Grid (ceil(rows / 8), 2): blockIdx.y is the side. Block as in
-// features_kernel. The tokens are read again and
-// their powers computed again, first those of z': dlambda, and with it the gradient of the
-// difference router, which both z and z' need, depends on z~'. dDq (dDk) is read for both. Every
-// element of a result is written once, by its owner. Shared memory: Shared without `partial`, at
-// most 28 KB.
+// features_kernel. The tokens are read again and their powers computed again, first those of z':
+// dlambda, and with it the gradient of the difference router, which both z and z' need, depends on
+// z~'. dDq (dDk) is read for both. Every element of a result is written once, by its owner. Shared
+// memory: Shared and the choices, at most 28 KB.
 template <class T, int GROUPS>
-__global__ void __launch_bounds__(MAX_THREADS)
+__global__ void __launch_bounds__(registers_for<GROUPS>)
     features_backward_kernel(Features<T> in, FeatureGradients<T> grad) {
   using S = typename Core<T>::type;
   constexpr int P = parts<T>;
@@ -530,121 +664,116 @@ __global__ void __launch_bounds__(MAX_THREADS)
   const int64_t first = int64_t(blockIdx.x) * TILE, row = first + at.g, rows = in.rows;
   const int width = row < rows ? D : 0;
   const int64_t safe_row = width ? row : 0;  // so that all addresses exist
+  const bool negative_gammas = any_negative(in.gamma, in.n_F);
   const FragmentOrder of_F{padded(in.n_F) / 16, at.warps * GROUPS, P},
       of_D{padded(in.n_D) / 16, at.warps * GROUPS, P};
 
-#pragma unroll 1
-  for (int router = 0; router < 3; router++) {  // the logits of the tile's tokens, from the forward
-    const int n = router < 2 ? in.n_F : in.n_D;
-    const float* from = router < 2 ? grad.kernel_logits + (side + 2 * router) * rows * n
-                                   : grad.difference_logits + side * rows * n;
-    float* list = shared + (router < 2 ? memory.kernel(router) : memory.difference());
-#pragma unroll 1
-    for (int e = threadIdx.x; e < TILE * n; e += blockDim.x)
-      list[e / n * (router < 2 ? memory.stride_F : memory.stride_D) + e % n] =
-          first + e / n < rows ? from[first * n + e] : 0.0f;
-  }
+  float t[8 * GROUPS], u[8 * GROUPS], g[8 * GROUPS];  // t = z at first; g = dd, then dz~, then dz
+  const auto read = [&](int prime) {
+    const Tokens<T> tokens = of(in.z, side, prime);
+    load_two(tokens.data + safe_row * tokens.ld, (side ? grad.ddk : grad.ddq) + safe_row * D, at,
+             width, in.vector, t, g);
+  };
+  read(1);
+  const Tokens<T> later = of(in.z, side, 0);
+#pragma unroll
+  for (int group = 0; group < GROUPS; group++)  // for read(0)
+    if (at.column(group) < width) prefetch(later.data + row * later.ld + at.column(group));
+
+  Choice* choices = reinterpret_cast<Choice*>(shared + memory.last());
+  choose_all(in, grad, memory, first, shared, choices);
   __syncthreads();
-  float* of_difference = shared + memory.difference() + at.g * memory.stride_D;
-  const int best_D = choose(of_difference, in.n_D);
-  const float lam = chosen(in.lam, of_difference, best_D, in.router_grad);
+  choices += at.g;
+  const Choice& difference = choices[2 * TILE];
+  const float lam = difference.value;
+  const float* of_difference = shared + memory.difference() + at.g * memory.stride_D;
+  float dgate_D = 0;
 
 #pragma unroll  // as a loop it would keep the addresses of its next round in registers, and spill
   for (int prime = 1; prime >= 0; prime--) {
     const int router = side + 2 * prime;
-    float* of_kernel = shared + memory.kernel(prime) + at.g * memory.stride_F;
-    const int best_F = choose(of_kernel, in.n_F);
-    const float gamma = chosen(in.gamma, of_kernel, best_F, in.router_grad);
-    const Tokens<T> tokens = of(in.z, side, prime);
-    float t[8 * GROUPS], u[8 * GROUPS], l[8 * GROUPS], g[8 * GROUPS];  // g = dd, then dz~, then dz
-    float extremes[2], sums[4] = {0, 0, 0, 0};  // |t|^2, |p|^2, h = <p, p l>, <dd, p>
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-      load(tokens.data + safe_row * tokens.ld, at.column(group), width, in.vector, t + 8 * group);
-      load((side ? grad.ddk : grad.ddq) + safe_row * D, at.column(group), width, in.vector,
-           g + 8 * group);
-    }
-    extremes_of(t, extremes);
-    row_max(extremes, shared + memory.maxima(), at);
-    const float m = scale_of(gamma, extremes[0], -extremes[1]);
+    const float* of_kernel = shared + memory.kernel(prime) + at.g * memory.stride_F;
+    const Choice& kernel = choices[prime * TILE];
+    const float gamma = kernel.value;
+    if (!prime) read(0);
+    put<maximum>(extremes_of(t, negative_gammas), shared + memory.maxima(), at);
+    __syncthreads();
+    const Numbers<2> extremes = get<maximum, 2>(shared + memory.maxima(), at);
+    const float m = scale_of(gamma, extremes.x[0], -extremes.x[1]);
     const float inv_m = reciprocal(m), exponent = exponent_of(gamma, m);
+    Numbers<4> sums = {};  // |t|^2, |p|^2, h = <p, p l>, <dd, p>
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
-      t[i] = relu(t[i]) * inv_m;              // t = r / m
-      l[i] = log2_of(t[i]);                   // l = log2 t
-      u[i] = power_less_one(l[i], exponent);  // u = t^(gamma - 1)
-      const float p = t[i] * u[i];            // p = t^gamma
-      sums[0] += t[i] * t[i];
-      sums[1] += p * p;
-      sums[2] += p * (p * l[i]);
-      sums[3] += g[i] * p;
+      t[i] = larger(t[i], 0.0f) * inv_m;  // t = r / m
+      const float l = log2_in<T>(t[i]);   // l = log2 t
+      u[i] = power_in<T>(l, exponent);    // u = t^(gamma - 1)
+      const float p = t[i] * u[i];        // p = t^gamma
+      sums.x[0] += t[i] * t[i];
+      sums.x[1] += p * p;
+      sums.x[2] += p * (p * l);
+      sums.x[3] += g[i] * p;
     }
     row_sum(sums, shared + memory.sums(), at);
-    const PhiRow<float> stats{m, sqrtf(sums[0]), sqrtf(sums[1])};
+    const PhiRow<float> stats{m, sqrtf(sums.x[0]), sqrtf(sums.x[1])};
 
     if (prime) {
-      const float dlam = -stats.scale() * sums[3];  // dlambda = -<dd, z~'> (Eq. 8)
-      if (at.warp == 0) {
-        float gate = 1;
+      const float dlam = -stats.scale() * sums.x[3];  // dlambda = -<dd, z~'> (Eq. 8)
+      dgate_D = dlam * lam;
+      if (at.warp == 0 && width) {
         if (in.router_grad)
-          gate = gate_backward(of_difference, in.n_D, best_D, dlam * lam,
-                               width ? grad.difference_dlogits +
-                                           (side * rows + row) * dlogit_parts<S> * padded(in.n_D)
-                                     : nullptr,
-                               at.t);
-        if (at.t == 0 && width) {
-          grad.dchosen[(4 + side) * rows + row] = dlam * gate;
-          grad.index[(4 + side) * rows + row] = best_D;
+          store_dlogits(of_difference, dgate_D, in.n_D, at.t,
+                        grad.difference_dlogits +
+                            (side * rows + row) * dlogit_parts<S> * padded(in.n_D));
+        if (at.t == 0) {
+          grad.dchosen[(4 + side) * rows + row] = dlam * difference.gate;
+          grad.index[(4 + side) * rows + row] = difference.index;
         }
       }
-      __syncthreads();
     }
     if (in.router_grad) {
+      const float scale = stats.scale();
       S* pair = grad.pair + (side * rows + safe_row) * 2 * D + prime * D;
 #pragma unroll
       for (int group = 0; group < GROUPS; group++) {
         float y[8];
 #pragma unroll
-        for (int e = 0; e < 8; e++) y[e] = stats.scale() * (t[8 * group + e] * u[8 * group + e]);
+        for (int e = 0; e < 8; e++) y[e] = scale * (t[8 * group + e] * u[8 * group + e]);
         store(pair, at.column(group), width, in.vector, y);
       }
     }
-    float ab[2] = {0, 0};  // a = <G, p>, b = <G, p l>
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++)
       g[i] *= prime ? -lam : 1.0f;  // dz~ = dd, dz~' = -lambda dd
     if (in.router_grad)           // += dlogits R_D^T (Eq. 7)
       add_dlogits<P>(
           g, in.difference_routers + of_D.at(2 * side + prime, 0, at.warp * GROUPS, at.lane), of_D,
-          of_difference, at.t);
+          of_difference, dgate_D, at.t);
+    Numbers<2> ab = {};  // a = <G, p>, b = <G, p l>
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
       const float gp = g[i] * (t[i] * u[i]);
-      ab[0] += gp;
-      ab[1] += gp * l[i];
+      ab.x[0] += gp;
+      ab.x[1] += gp * log2_in<T>(t[i]);
     }
     row_sum(ab, shared + memory.sums2(), at);
-    const PhiRowBackward<float> back(stats, gamma, ab[0], ab[1], sums[2]);
+    const PhiRowBackward<float> back(stats, gamma, ab.x[0], ab.x[1], sums.x[2]);
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) g[i] = back.dz(g[i], t[i], u[i]);  // dz~ -> dz (Eq. 5)
 
-    if (at.warp == 0) {
-      float gate = 1;
+    const float dgate = back.dgamma * gamma;
+    if (at.warp == 0 && width) {
       if (in.router_grad)
-        gate = gate_backward(
-            of_kernel, in.n_F, best_F, back.dgamma * gamma,
-            width ? grad.kernel_dlogits + (router * rows + row) * dlogit_parts<S> * padded(in.n_F)
-                  : nullptr,
-            at.t);
-      if (at.t == 0 && width) {
-        grad.dchosen[router * rows + row] = back.dgamma * gate;
-        grad.index[router * rows + row] = best_F;
+        store_dlogits(of_kernel, dgate, in.n_F, at.t,
+                      grad.kernel_dlogits +
+                          (router * rows + row) * dlogit_parts<S> * padded(in.n_F));
+      if (at.t == 0) {
+        grad.dchosen[router * rows + row] = back.dgamma * kernel.gate;
+        grad.index[router * rows + row] = kernel.index;
       }
     }
-    __syncthreads();
     if (in.router_grad)  // dz += dlogits R_F^T (Eq. 6)
       add_dlogits<P>(g, in.kernel_routers + of_F.at(router, 0, at.warp * GROUPS, at.lane), of_F,
-                     of_kernel, at.t);
+                     of_kernel, dgate, at.t);
 #pragma unroll
     for (int group = 0; group < GROUPS; group++)
       store(of(grad.dz, side, prime) + safe_row * D, at.column(group), width, in.vector,
@@ -652,31 +781,27 @@ __global__ void __launch_bounds__(MAX_THREADS)
   }
 }
 
-// Grid (BIN_BLOCKS), block 256. A warp takes every (BIN_BLOCKS * WARPS)-th group of 32 elements;
-// lane j keeps the sums of choices j, j + 32, ... and adds the elements in their order. partial
-// (BIN_BLOCKS * WARPS, n).
-constexpr int BIN_BLOCKS = 64, WARPS = 8, BINS_PER_LANE = MAX_CHOICES / 32;
+// Grid (at most BIN_BLOCKS, ceil(n / BINS)), block 256. A block has BINS of the bins; a thread takes
+// every (256 blocks)-th element. partial (blocks * WARPS, n).
+constexpr int BIN_BLOCKS = 32, WARPS = 8, BINS = 16;
 
 __global__ void __launch_bounds__(32 * WARPS)
     bin_sums_kernel(int64_t count, int n, const int* index, const float* values, float* partial) {
-  const int lane = threadIdx.x % 32;
-  const int64_t warp = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
-  float sums[BINS_PER_LANE] = {};
-  for (int64_t first = 32 * warp; first < count; first += 32 * BIN_BLOCKS * WARPS) {
-    const bool inside = first + lane < count;
-    const int choice = inside ? index[first + lane] : -1;
-    const float value = inside ? values[first + lane] : 0.0f;
-    for (int source = 0; source < 32; source++) {
-      const int this_choice = __shfl_sync(ALL, choice, source);
-      const float this_value = __shfl_sync(ALL, value, source);
+  const int first = BINS * blockIdx.y, warp = blockIdx.x * WARPS + threadIdx.x / 32;
+  float sums[BINS] = {};
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const int choice = index[i] - first;
+    const float value = values[i];
 #pragma unroll
-      for (int k = 0; k < BINS_PER_LANE; k++)
-        if (32 * k < n && this_choice == 32 * k + lane) sums[k] += this_value;
-    }
+    for (int k = 0; k < BINS; k++) sums[k] += choice == k ? value : 0.0f;
   }
 #pragma unroll
-  for (int k = 0; k < BINS_PER_LANE; k++)
-    if (32 * k + lane < n) partial[warp * n + 32 * k + lane] = sums[k];
+  for (int k = 0; k < BINS; k++) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sums[k] += __shfl_xor_sync(ALL, sums[k], lanes);
+    if (threadIdx.x % 32 == 0 && first + k < n) partial[warp * n + first + k] = sums[k];
+  }
 }
 
 // sums (B, groups, width) = the sum of partial (B, splits, width) over every `size` splits, in
@@ -704,18 +829,23 @@ __device__ __forceinline__ void warp_sum(float (&x)[K]) {
     for (int lanes = 16; lanes > 0; lanes /= 2) x[k] += __shfl_xor_sync(ALL, x[k], lanes);
 }
 
+// The columns of a lane: column(i) .. column(i) + 7
+__device__ __forceinline__ int column(int i) { return 8 * int(threadIdx.x % 32) + 256 * i; }
+
 template <class T, int COLUMNS>
 __device__ __forceinline__ void load_row(const T* row, int D, bool vector, float (&x)[COLUMNS]) {
 #pragma unroll
-  for (int i = 0; i < COLUMNS / 8; i++)
-    load(row, 8 * int(threadIdx.x % 32) + 256 * i, D, vector, x + 8 * i);
+  for (int i = 0; i < COLUMNS / 8; i++) {
+    if (vector) unpack(fetch(row, column(i), D), x + 8 * i);
+    else load(row, column(i), D, x + 8 * i);
+  }
 }
 
 template <class T, int COLUMNS>
 __device__ __forceinline__ void store_row(T* row, int D, bool vector, const float (&x)[COLUMNS]) {
 #pragma unroll
   for (int i = 0; i < COLUMNS / 8; i++)
-    store(row, 8 * int(threadIdx.x % 32) + 256 * i, D, vector, x + 8 * i);
+    store(row, column(i), D, vector, x + 8 * i);
 }
 
 template <int COLUMNS>
@@ -753,23 +883,26 @@ __device__ __forceinline__ void block_total(const float (&columns)[COLUMNS], flo
   for (int j = threadIdx.x; j <= D; j += blockDim.x) out[j] = total[j];
 }
 
-// ddk += c + c_norm Dk / |Dk|, in place; c (B, D + 1) ends with c_norm
+// ddk += c + c_norm Dk / |Dk|, in place; c (B, D + 1) ends with c_norm. Grid (B, splits), as below.
 template <class S, int CHUNKS>
 __global__ void __launch_bounds__(32 * WARPS)
-    sum_keys_backward_kernel(int64_t rows, int N, int D, const S* dk, const float* c, S* ddk) {
-  const int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
-  if (row >= rows) return;
-  c += row / N * (D + 1);
+    sum_keys_backward_kernel(int N, int D, const S* dk, const float* c, S* ddk) {
+  const int64_t image = blockIdx.x;
+  const int split = blockIdx.y, end = min(N, (split + 1) * SPLIT);
   const bool vector = D % 8 == 0;
-  float x[8 * CHUNKS], y[8 * CHUNKS], gradient[8 * CHUNKS];
-  load_row(dk + row * D, D, vector, x);
-  load_row(ddk + row * D, D, vector, gradient);
+  c += image * (D + 1);
+  float y[8 * CHUNKS];
   load_row(c, D, false, y);
-  float square[1] = {dot(x, x)};
-  warp_sum(square);
-  add_scaled(1.0f, y, gradient);
-  add_scaled(square[0] > 0 ? c[D] / sqrtf(square[0]) : 0.0f, x, gradient);  // |0| has gradient 0
-  store_row(ddk + row * D, D, vector, gradient);
+  for (int i = split * SPLIT + int(threadIdx.x / 32); i < end; i += WARPS) {
+    const int64_t row = image * N + i;
+    float x[8 * CHUNKS], gradient[8 * CHUNKS];
+    load_two(dk + row * D, ddk + row * D, column, D, vector, x, gradient);
+    float square[1] = {dot(x, x)};
+    warp_sum(square);
+    add_scaled(1.0f, y, gradient);
+    add_scaled(square[0] > 0 ? c[D] / sqrtf(square[0]) : 0.0f, x, gradient);  // |0| has gradient 0
+    store_row(ddk + row * D, D, vector, gradient);
+  }
 }
 
 // y = x / |den|; y may be x
@@ -791,7 +924,7 @@ __global__ void __launch_bounds__(32 * WARPS)
 // ceil(N / SPLIT): a block owns SPLIT rows of one image, warp w of it rows w, w + 8, ... Shared
 // memory: D + 1 floats.
 template <class S, int CHUNKS>
-__global__ void __launch_bounds__(32 * WARPS)
+__global__ void __launch_bounds__(32 * WARPS, CHUNKS == 2 ? 3 : 1)
     denominator_backward_kernel(int N, int D, const S* dq, const float* k_sum, const float* den,
                                 S* ddq, float* partial) {
   extern __shared__ float shared[];
@@ -799,13 +932,12 @@ __global__ void __launch_bounds__(32 * WARPS)
   const int split = blockIdx.y, splits = gridDim.y, end = min(N, (split + 1) * SPLIT);
   const bool vector = D % 8 == 0;
   k_sum += image * (D + 1);
-  float c[8 * CHUNKS] = {}, c_norm = 0;
+  float k[8 * CHUNKS], c[8 * CHUNKS] = {}, c_norm = 0;
+  load_row(k_sum, D, false, k);
   for (int i = split * SPLIT + int(threadIdx.x / 32); i < end; i += WARPS) {
     const int64_t row = image * N + i;
-    float q[8 * CHUNKS], k[8 * CHUNKS], gradient[8 * CHUNKS];
-    load_row(dq + row * D, D, vector, q);
-    load_row(ddq + row * D, D, vector, gradient);
-    load_row(k_sum, D, false, k);
+    float q[8 * CHUNKS], gradient[8 * CHUNKS];
+    load_two(dq + row * D, ddq + row * D, column, D, vector, q, gradient);
     float sums[2] = {dot(q, q), dot(gradient, q)};
     warp_sum(sums);
     const float norm = sqrtf(sums[0]), dden = -sums[1] / fabsf(den[row]);
@@ -843,8 +975,8 @@ void features(const Features<T>& in, int side, float* kernel_logits, float* diff
               typename Core<T>::type* d, const Denominator& denominator, cudaStream_t stream) {
   const int warps = warps_of(in.D);
   const size_t shared =
-      (Shared(warps, in.n_F, in.n_D).partial() + 2 * warps * 16 * TILE) * sizeof(float);
-  const auto kernel = groups_per_warp(in.D) == 2 ? features_kernel<T, 2> : features_kernel<T, 4>;
+      (Shared(warps, in.n_F, in.n_D).last() + 2 * warps * 16 * TILE) * sizeof(float);
+  const auto kernel = groups_per_warp(in.D) == 3 ? features_kernel<T, 3> : features_kernel<T, 4>;
   const int64_t images = in.N ? in.rows / in.N : 0;
   launch(kernel, dim3(unsigned(images * tiles_of(in.N))), 32 * warps, shared, stream, in, side,
          kernel_logits, difference_logits, d, denominator);
@@ -854,9 +986,10 @@ template <class T>
 void features_backward(const Features<T>& in, const FeatureGradients<T>& grad,
                        cudaStream_t stream) {
   const int warps = warps_of(in.D);
-  const size_t shared = Shared(warps, in.n_F, in.n_D).partial() * sizeof(float);
+  const size_t shared =
+      Shared(warps, in.n_F, in.n_D).last() * sizeof(float) + 3 * TILE * sizeof(Choice);
   const auto kernel =
-      groups_per_warp(in.D) == 2 ? features_backward_kernel<T, 2> : features_backward_kernel<T, 4>;
+      groups_per_warp(in.D) == 3 ? features_backward_kernel<T, 3> : features_backward_kernel<T, 4>;
   launch(kernel, dim3(unsigned(ceil_div(in.rows, TILE)), 2), 32 * warps, shared, stream, in, grad);
 }
 
@@ -884,20 +1017,21 @@ void sum_keys(int B, int N, int D, float* partial, float* k_sum, cudaStream_t st
 
 void bin_sums(int64_t count, int n, const int* index, const float* values, float* partial,
               float* sums, cudaStream_t stream) {
-  launch(bin_sums_kernel, dim3(BIN_BLOCKS), 32 * WARPS, 0, stream, count, n, index, values,
-         partial);
-  sum_partials(1, BIN_BLOCKS * WARPS, BIN_BLOCKS * WARPS, n, partial, sums, stream);
+  const int64_t needed = ceil_div(count, 32 * WARPS);
+  const int blocks = needed < 1 ? 1 : needed > BIN_BLOCKS ? BIN_BLOCKS : int(needed);
+  const dim3 grid(unsigned(blocks), unsigned(ceil_div(n, BINS)));
+  launch(bin_sums_kernel, grid, 32 * WARPS, 0, stream, count, n, index, values, partial);
+  sum_partials(1, blocks * WARPS, blocks * WARPS, n, partial, sums, stream);
 }
 
 template <class S>
 void Rows<S>::sum_keys_backward(int B, int N, int D, const S* dk, const float* c, S* ddk,
                                 cudaStream_t stream) {
-  const int64_t rows = int64_t(B) * N;
   const auto kernel = D <= 512    ? sum_keys_backward_kernel<S, 2>
                       : D <= 1024 ? sum_keys_backward_kernel<S, 4>
                                   : sum_keys_backward_kernel<S, 6>;
-  launch(kernel, dim3(unsigned(ceil_div(rows, WARPS))), 32 * WARPS, 0, stream, rows, N, D, dk, c,
-         ddk);
+  const dim3 grid(unsigned(B), unsigned(ceil_div(N, SPLIT)));
+  launch(kernel, grid, 32 * WARPS, 0, stream, N, D, dk, c, ddk);
 }
 
 template <class S>

@@ -9,6 +9,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "cuda_kernels.cuh"
 #include "ops.h"
 
@@ -244,14 +246,17 @@ Backward backward(const Shape& s, const Inputs<T>& inputs, const Tensor& dout_, 
           ddifference_routers};
 }
 
+// With text: a stream that formats a number crashes where gcc has linked its own libstdc++ into
+// this extension, beside torch's
 Shape check_limits(const Shape& s) {
-  TORCH_CHECK(s.N <= cuda::MAX_TOKENS, "the fused op on CUDA takes N up to ", cuda::MAX_TOKENS,
-              ", got ", s.N);
-  TORCH_CHECK(s.D <= cuda::MAX_WIDTH, "the fused op on CUDA takes D up to ", cuda::MAX_WIDTH,
-              ", got ", s.D);
+  const auto text = [](int64_t number) { return std::to_string(number); };
+  TORCH_CHECK(s.N <= cuda::MAX_TOKENS, "the fused op on CUDA takes N up to ",
+              text(cuda::MAX_TOKENS), ", got ", text(s.N));
+  TORCH_CHECK(s.D <= cuda::MAX_WIDTH, "the fused op on CUDA takes D up to ", text(cuda::MAX_WIDTH),
+              ", got ", text(s.D));
   TORCH_CHECK(s.n_F <= cuda::MAX_CHOICES && s.n_D <= cuda::MAX_CHOICES,
-              "the fused op on CUDA takes up to ", cuda::MAX_CHOICES, " gammas and lambdas, got ",
-              s.n_F, " and ", s.n_D);
+              "the fused op on CUDA takes up to ", text(cuda::MAX_CHOICES),
+              " gammas and lambdas, got ", text(s.n_F), " and ", text(s.n_D));
   return s;
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -21,7 +22,7 @@ struct Shape {
 inline Shape check(const Tensor& q, const Tensor& k, const Tensor& q_prime, const Tensor& k_prime,
                    const Tensor& v, const Tensor& gamma, const Tensor& lam,
                    const Tensor& kernel_routers, const Tensor& difference_routers) {
-  TORCH_CHECK(q.dim() == 3, "q must be (B, N, D), got ", q.sizes());
+  TORCH_CHECK(q.dim() == 3, "q must be (B, N, D), got ", std::to_string(q.dim()), " axes");
   const Shape s{q.size(0),     q.size(1),   q.size(2),
                 gamma.numel(), lam.numel(), q.size(1) <= q.size(2)};
   for (const Tensor* x : {&k, &q_prime, &k_prime, &v})

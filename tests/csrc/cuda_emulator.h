@@ -53,7 +53,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   std::memcpy(&bits, &x, 4);
   return {uint16_t(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 struct __half { uint16_t bits; };
 inline float __half2float(__half x) {
@@ -217,7 +221,6 @@ T shuffle(T x, int source) {
 #define threadIdx (emulator::current->thread)
 
 inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
-inline void __syncwarp() { emulator::wait(emulator::warp().barrier); }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulator::shuffle(x, emulator::lane() ^ mask);
@@ -225,6 +228,13 @@ T __shfl_xor_sync(unsigned, T x, int mask) {
 template <class T>
 T __shfl_sync(unsigned, T x, int source) {
   return emulator::shuffle(x, source);
+}
+
+inline bool __any_sync(unsigned, bool x) {
+  const uint32_t word = x;
+  return emulator::exchange(&word, 1, [](auto& all) {
+    return std::any_of(all, all + 32, [](auto& lane) { return lane[0] != 0; });
+  });
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -274,6 +284,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 //   B: row = threadID_in_group * 2 + (i & 1), and 8 more for i >= 2; col = groupID.
 //   C: row = groupID for i < 2, groupID + 8 otherwise; col = threadID_in_group * 2 + (i & 1).
 namespace dydilit::cuda {
+
+inline uint32_t round_pair(float low, float high) {
+  return __float2bfloat16_rn(low).bits | uint32_t(__float2bfloat16_rn(high).bits) << 16;
+}
+inline float larger(float x, float y) { return x != x || y != y ? NAN : std::fmax(x, y); }
+inline float smaller(float x, float y) { return x != x || y != y ? NAN : std::fmin(x, y); }
+inline float normal(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? 0 : x; }
+inline float fast_log2(float x) { return std::log2(x) + 0x1p-22f; }
+inline float fast_exp2(float x) { return normal(std::exp2(x) * (1 + 0x1p-22f)); }
+
+inline void prefetch(const void*) {}
 
 inline void mma(float (&c)[4], uint4 a, uint2 b) {
   const uint32_t mine[6] = {a.x, a.y, a.z, a.w, b.x, b.y};

@@ -233,7 +233,7 @@ SMALL = [  # B, N, D, n_F, n_D
     (1, 10, 384, 9, 9),
     (1, 9, 512, 15, 15),
     (1, 9, 768, 21, 21),
-    (1, 3, 1000, 3, 5),
+    (1, 9, 1200, 3, 5),  # four groups of columns a warp
 ]
 LARGE = [
     (2, 256, 384, 9, 9),
@@ -274,6 +274,10 @@ def test_one_token_attends_to_itself(backend):
 @pytest.mark.parametrize("N", [5, 20], ids=["tokens first", "features first"])
 def test_settings(backend, N, normalize, router_grad):
     check(*backend, random_op_inputs(2, N, 12, 3, 4, **WELL), normalize, router_grad)
+
+
+def test_more_gammas_than_threads_that_add_them_up(backend):
+    check(*backend, random_op_inputs(1, 2100, 4, 3, 2, **WELL))
 
 
 def test_dead_rows(backend):
@@ -489,7 +493,8 @@ def resources(log):
 
 
 @needs_nvcc
-def test_kernels_compile_without_spills():
+def test_kernels_compile_with_few_spills():
+    """Registers that spill cost time, but so do too few warps: csrc/README.md has the bytes."""
     target = BUILD / "cuda_kernels.o"
     target.parent.mkdir(exist_ok=True)
     command = ["nvcc", "-std=c++17", "-O3", "-c", CSRC / "cuda_kernels.cu", "-o", target]
@@ -500,8 +505,10 @@ def test_kernels_compile_without_spills():
     assert len(table) >= 60
     for arch, name, registers, spill in table:
         print(f"{arch} {name:60} {registers:4} registers, {spill} bytes spilled")
-    wide_rows = re.compile("features.*, 4>")  # D from 769 to 1536
-    assert not [row for row in table if row[3] and not wide_rows.match(row[1])]
+    allowed = {"features_backward_kernel<float": 600, "features_backward_kernel": 200}
+    for _, name, _, spill in table:
+        most = next((allowed[start] for start in allowed if name.startswith(start)), 24)
+        assert spill <= most, f"{name} spills {spill} bytes"
 
 
 @needs_nvcc
