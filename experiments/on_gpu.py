@@ -65,6 +65,7 @@ def cases():
     rows += of_all("training", "L/2", 256, 64, "eager")
     rows += of_all("training", "S/2", 256, 64, "compiled")
     rows += of_all("sampling", "S/2", 256, 1, "CUDA graphs")
+    rows += of_all("training", "S/2", 256, 256, "compiled")
     rows += of_all("sampling", "S/2", 256, 64, "CUDA graphs")
     for size, tokens, images in (("S/2", 4096, 4), ("S/2", 1024, 16), ("L/2", 256, 64)):
         rows += of_all("training", size, tokens, images, "compiled")
