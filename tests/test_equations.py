@@ -291,6 +291,14 @@ def test_the_projection_by_tiles_is_that_by_index(n_P, M):
         assert_close(f"d {name}", grads[name], wanted[name], atol=1e-12)
 
 
+def test_a_tile_may_be_exactly_full():
+    """256 rows fill tiles of 16; each of the first two projectors has 128 of them."""
+    rows, projectors, index = normal(256, 6), normal(3, 6, 6, seed=1), torch.arange(256) // 128
+    out = dydilit.project_by_tiles(rows, projectors, index)
+    want = torch.cat([rows[:128] @ projectors[0], rows[128:] @ projectors[1]])
+    assert_close("out", out, want, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, f64])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("project", [dydilit.project, dydilit.project_by_tiles])
