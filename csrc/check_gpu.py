@@ -74,12 +74,12 @@ def steps(stem):
         *("-o", "faulthandler_timeout=60"),  # the traceback of a test that hangs
     ]
     return {
-        "build": Step([*THIS, "build"], 60),  # six files, in parallel by ninja
-        "test": Step(test, 60),
+        "build": Step([*THIS, "build"], 90),  # six files, in parallel by ninja
+        "test": Step(test, 75),
         "kernels": Step([*THIS, "kernels"], 20),
         "bench": Step([*bench, "--size", "256", "256", "384", "9"], 65),  # torch.compile, twice
         "sizes": Step([*bench, "--no-compile", "--plot", f"{stem}.png"], 70),
-        "models": Step([*quietly, "experiments.on_gpu"], 145),
+        "models": Step([*quietly, "experiments.on_gpu"], 100),
         "memcheck": Step([*sanitizer, "memcheck", "--padding", "32", *THIS, "small"], 25, uncached),
         "racecheck": Step([*sanitizer, "racecheck", *THIS, "races"], 25, uncached),
     }

@@ -139,9 +139,9 @@ __device__ __forceinline__ void split4(float x0, float x1, float x2, float x3,
 }
 
 constexpr int groups_per_warp(int D) { return D <= 1152 ? 3 : 4; }  // 12 warps at most
-// The bound on a block of the tile kernels that leaves a thread 128 registers, or 168
+// What __launch_bounds__ of the tile kernels says, to give a thread 128 registers, or 168
 template <int GROUPS>
-constexpr int registers_for = GROUPS == 3 ? 512 : 384;
+constexpr int thread_bound = GROUPS == 3 ? 512 : 384;
 int warps_of(int D) { return int(ceil_div(D, 32 * groups_per_warp(D))); }
 int groups_of(int D) { return warps_of(D) * groups_per_warp(D); }
 
@@ -458,7 +458,7 @@ __device__ __forceinline__ void sum_partial(const float* partial, int warps, int
 // Each token is read once, and nothing is computed twice. Shared memory: Shared and the partial
 // logits, at most 40 KB.
 template <class T, int GROUPS>
-__global__ void __launch_bounds__(registers_for<GROUPS>)
+__global__ void __launch_bounds__(thread_bound<GROUPS>)
     features_kernel(Features<T> in, int side, float* kernel_logits, float* difference_logits,
                     typename Core<T>::type* d, Denominator denominator) {
   constexpr int P = parts<T>;
@@ -477,7 +477,6 @@ __global__ void __launch_bounds__(registers_for<GROUPS>)
   const Tokens<T> tokens = of(in.z, side, 0), primes = of(in.z, side, 1);
   load_two(tokens.data + (width ? row : 0) * tokens.ld, primes.data + (width ? row : 0) * primes.ld,
            at, width, in.vector, z[0], z[1]);
-
   {
     const Numbers<2> of_z = extremes_of(z[0], negative_gammas),
                      of_z_prime = extremes_of(z[1], negative_gammas);
@@ -653,7 +652,7 @@ __device__ __forceinline__ void store_dlogits(const float* list, float dgate, in
 // z~'. dDq (dDk) is read for both. Every element of a result is written once, by its owner. Shared
 // memory: Shared and the choices, at most 28 KB.
 template <class T, int GROUPS>
-__global__ void __launch_bounds__(registers_for<GROUPS>)
+__global__ void __launch_bounds__(thread_bound<GROUPS>)
     features_backward_kernel(Features<T> in, FeatureGradients<T> grad) {
   using S = typename Core<T>::type;
   constexpr int P = parts<T>;
@@ -781,8 +780,8 @@ __global__ void __launch_bounds__(registers_for<GROUPS>)
   }
 }
 
-// Grid (at most BIN_BLOCKS, ceil(n / BINS)), block 256. A block has BINS of the bins; a thread takes
-// every (256 blocks)-th element. partial (blocks * WARPS, n).
+// Grid (at most BIN_BLOCKS, ceil(n / BINS)), block 256. A block has BINS of the bins; a thread
+// takes every (256 blocks)-th element. partial (blocks * WARPS, n).
 constexpr int BIN_BLOCKS = 32, WARPS = 8, BINS = 16;
 
 __global__ void __launch_bounds__(32 * WARPS)
