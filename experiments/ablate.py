@@ -1,13 +1,14 @@
 """The paper's ablations and comparisons, trained on the data at hand: tables and figures.
 
     python -m experiments.ablate      every row on the digits, three seeds, train_min.py's recipe
-    python -m experiments.ablate --preset-size photos --models DiT ladder-0-sana DyDi-LiT
+    python -m experiments.ablate --preset-size photos --models DiT ladder-0-sana:1 DyDi-LiT
     python -m experiments.ablate --preset-size S/2 --data data/NAME --out out/NAME --nproc 8 --bf16
 
 Every run is one of experiments/train.py with the same data, seeds and budget, in a folder of its
-own, OUT/<model>/<seed>. Flags that are not listed here are train_min.py's. A finished run is not
-repeated; an interrupted run continues where it stopped. After the last run results.json and
-ablate.md (the tables) are written, costs measured and the figures drawn.
+own, OUT/<model>/<seed>. NAME:N in --models is N seeds of that model. Flags that are not listed here
+are train_min.py's. A finished run is not repeated; an interrupted run continues where it stopped.
+After the last run results.json and ablate.md (the tables) are written, costs measured and the
+figures drawn.
 
 Of latents no samples are made unless --samples asks for them: eval_min.py has to compare those.
 
@@ -125,6 +126,20 @@ def contradicted(model, size, config):
     return fields
 
 
+def counted(names, seeds):
+    """NAME or NAME:N of --models -> {NAME: N}, N = seeds where it is not given.
+
+    ValueError for an N that is no positive number.
+    """
+    counts = {}
+    for name in names:
+        model, colon, count = name.partition(":")
+        if colon and not (count.isdecimal() and int(count) > 0):
+            raise ValueError(f"--models {name}: the number of seeds must be at least 1")
+        counts[model] = int(count) if colon else seeds
+    return counts
+
+
 def plan(args, rest):
     """{(model, seed): arguments of its run}; `rest` are flags of train_min.py.
 
@@ -136,9 +151,10 @@ def plan(args, rest):
         if flag in given:
             raise ValueError(f"ablate.py has no {flag}: {ours} instead")
     rest = [a for a in rest if a != "--resume"]  # every run has it anyway
+    counts = counted(args.models, args.seeds)
     shared = {}  # {model: arguments that all seeds share}
     configs = {}
-    for model in dict.fromkeys(args.models):
+    for model in counts:
         first = arguments(model, args.size)
         if args.data:
             first.append(f"--data={args.data}")
@@ -157,10 +173,11 @@ def plan(args, rest):
             defaults.append("--samples=0")
         shared[model] = [*first, *defaults, *rest, "--resume"]
     runs = {}
-    for seed in range(args.seeds):  # seed by seed: the first results compare all models
-        for model in args.models:
-            out = Path(args.out, model, str(seed))
-            runs[model, seed] = [*shared[model], f"--seed={seed}", f"--out={out}"]
+    for seed in range(max(counts.values())):  # seed by seed: the first results compare all models
+        for model, count in counts.items():
+            if seed < count:
+                out = Path(args.out, model, str(seed))
+                runs[model, seed] = [*shared[model], f"--seed={seed}", f"--out={out}"]
     return runs
 
 
@@ -403,6 +420,7 @@ def quality(results, costs):
     rows = [
         [
             "model",
+            "seeds",
             "blocks",
             "parameters",
             *COLUMNS.values(),
@@ -425,7 +443,7 @@ def quality_row(model, runs, base, seconds, mib):
     for seed, result in fine.items():
         if seed in base and model != "DyDi-LiT":
             gaps.append(result["held_out_loss"] - base[seed])
-    row = [model + (f" ({diverged} diverged)" if diverged else "")]
+    row = [model + (f" ({diverged} diverged)" if diverged else ""), str(len(runs))]
     if fine:
         some = next(iter(fine.values()))
         row += [str(some["blocks"]), f"{some['parameters'] / 1e6:.2f} M"]
@@ -444,7 +462,7 @@ def halves_row(results):
     for runs in results.values():
         for result in runs.values():
             if "frechet_halves" in result:
-                row = ["half of the real images", "", ""]
+                row = ["half of the real images", "", "", ""]
                 for key in COLUMNS:
                     row.append(spread([result.get(HALVES.get(key))], key in PERCENT))
                 return [*row, "", "", ""]
@@ -491,8 +509,8 @@ def report(args, runs, results, command):
     out = Path(args.out)
     _, training, settings = parse(next(iter(runs.values())))
     by_model = {}  # {model: {seed: result}}
-    for model in args.models:
-        by_model[model] = {seed: results[model, seed] for seed in range(args.seeds)}
+    for (model, seed), result in results.items():
+        by_model.setdefault(model, {})[seed] = result
     (out / "results.json").write_text(json.dumps(by_model, indent=1))
     name = json.loads(Path(training.data, "meta.json").read_text())["name"]
     samples = "no samples"
@@ -501,11 +519,18 @@ def report(args, runs, results, command):
             f"{settings.samples} samples, {settings.sampling_steps} steps, guidance {settings.cfg}"
         )
     not_evaluated = sorted({r["not_evaluated"] for r in results.values() if "not_evaluated" in r})
+    accuracies = [r["classifier_accuracy"] for r in results.values() if "classifier_accuracy" in r]
+    judge = ""
+    if accuracies and accuracies[0] is not None:
+        judge = (
+            " Features are those of classifier.py, which recognises "
+            f"{100 * accuracies[0]:.1f} % of the held-out images."
+        )
 
     def write(costs, where, drawn=()):
         conditions = (
-            f"{name}: {training.steps} steps of {training.batch_size} images, {args.seeds} seeds; "
-            f"{samples}. Mean ± standard deviation over the seeds. A training step: {where}."
+            f"{name}: {training.steps} steps of {training.batch_size} images; {samples}. "
+            f"Mean ± standard deviation over the seeds.{judge} A training step: {where}."
         )
         tables = [quality(by_model, costs), behaviour(by_model)]
         text = [f"`{command}`", conditions, *tables, *not_evaluated]
@@ -552,7 +577,7 @@ def parse_command(argv):
         "--models",
         nargs="+",
         default=DEFAULT,
-        metavar="MODEL",
+        metavar="MODEL[:SEEDS]",
         help=f"of {', '.join([*ALTERNATIVES, *VARIANTS])} (default: {' '.join(DEFAULT)})",
     )
     option("--data", help="prepared folder (default: that of the preset's recipe)")

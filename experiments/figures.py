@@ -146,11 +146,14 @@ def routes(path, model, meta, logs):
     """Fig. 5: the most used projector of Q' and of K' for each class and block, and its share.
 
     Eight images of each class are sampled in 25 steps without guidance; the routes of all their
-    tokens count, at all steps. A third panel shows usage entropy while training, the mean over the
-    blocks and the seeds, if every log has it.
+    tokens count, at all steps. Above each panel: how much the class tells about the route
+    (`told_by_class`), and how much a random division of the same images into classes does. A third
+    panel shows usage entropy while training, the mean over the blocks and the seeds, if every log
+    has it.
     """
     classes = meta["classes"][:20]
-    shares = class_shares(model, len(classes), clip="scaling" not in meta)
+    by_image = image_shares(model, len(classes), clip="scaling" not in meta)
+    shares = by_image.mean(2)  # (2, classes, depth, n_P)
     depth = shares.shape[2]
     evaluated = [[line for line in log if "usage_entropy" in line] for log in logs]
     widths = [1, 1, 1.5] if all(evaluated) else [1, 1]
@@ -158,6 +161,7 @@ def routes(path, model, meta, logs):
     figure, axes = canvas(1, len(widths), height, width_ratios=widths)
     for which, axis in enumerate(axes[0][:2]):
         share, chosen = shares[which].max(-1)  # (classes, depth)
+        told, by_chance = told_by_class(by_image[which])
         axis.imshow(chosen.numpy(), cmap="Set2", vmin=-0.5, vmax=7.5, aspect="auto")
         for c in range(len(classes)):
             for b in range(depth):
@@ -169,7 +173,8 @@ def routes(path, model, meta, logs):
             xticklabels=range(1, depth + 1),
             yticks=range(len(classes)),
             yticklabels=classes,
-            title=f"{'QK'[which]}': most used projector, its share",
+            title=f"{'QK'[which]}': most used projector, its share\n"
+            f"the class tells {told:.1%} of the route, chance {by_chance:.1%}",
         )
     axes[0, 0].set_ylabel("class")
     if all(evaluated):
@@ -177,18 +182,39 @@ def routes(path, model, meta, logs):
     return save(figure, path)
 
 
-def class_shares(model, classes, clip):
-    """(2, classes, depth, n_P): the share of tokens that each projector of Q' and of K' gets."""
-    shares = torch.zeros(2, classes, model.config.depth, model.config.n_projectors)
+def image_shares(model, classes, clip, images=8):
+    """(2, classes, images, depth, n_P): the share of the tokens of each generated image that each
+    projector of Q' and of K' gets."""
+    shares = torch.zeros(2, classes, images, model.config.depth, model.config.n_projectors)
     for c in range(classes):
-        labels = torch.full((8,), c)
+        labels = torch.full((images,), c)
         with watched(model) as seen:
-            Diffusion(25).sample(model, labels, range(8), seed=0, clip=clip)
+            Diffusion(25).sample(model, labels, range(images), seed=0, clip=clip)
         for b, part in enumerate(seen):
             for which, name in enumerate(("q_projector", "k_projector")):
-                index = torch.cat(part["routes"][name])
-                shares[which, c, b] = usage(index, model.config.n_projectors)
+                routes = torch.cat(part["routes"][name], dim=1)  # (images, tokens at all steps)
+                for i, index in enumerate(routes):
+                    shares[which, c, i, b] = usage(index, model.config.n_projectors)
     return shares
+
+
+def told_by_class(shares):
+    """shares (classes, images, depth, n_P) -> the part of the routes' entropy that the class takes
+    away (0: the class tells nothing, 1: it tells the route), and the same for classes that are
+    drawn at random from the same images. Over all blocks; the mean of 100 random divisions."""
+
+    def part(shares):
+        entropy = torch.special.entr(shares.mean((0, 1))).sum(-1)  # (depth,)
+        left = torch.special.entr(shares.mean(1)).sum(-1).mean(0)
+        return ((entropy - left).sum() / entropy.sum().clamp(min=1e-12)).item()
+
+    generator = torch.Generator().manual_seed(0)
+    images = shares.flatten(0, 1)
+    by_chance = 0
+    for _ in range(100):
+        order = torch.randperm(len(images), generator=generator)
+        by_chance += part(images[order].view(shares.shape)) / 100
+    return part(shares), by_chance
 
 
 def usage_panel(axis, logs):

@@ -90,7 +90,8 @@ def test_a_row_has_the_size_and_the_costs_of_the_model(finished, model):
     row = dict(zip(table["model"], table[model]))
     state = torch.load(out / model / "0" / "ckpt.pt")["model"]
     parameters = sum(z.numel() for name, z in state.items() if name != "pos_embed")
-    assert row["blocks"] == "2" and row["parameters"] == f"{parameters / 1e6:.2f} M"
+    assert row["seeds"] == "2" and row["blocks"] == "2"
+    assert row["parameters"] == f"{parameters / 1e6:.2f} M"
     assert float(row["step, ms"]) >= 0 and row["memory, MiB"] == "12"
 
 
@@ -107,9 +108,12 @@ def test_the_table_has_every_model_and_half_of_the_real_images(finished):
     assert list(table_of(finished[0])) == ["model", *MODELS, "half of the real images"]
 
 
-def test_the_conditions_stand_above_the_table(finished):
+def test_the_conditions_stand_above_the_table(finished, digits):
     text = (finished[0] / "ablate.md").read_text()
-    assert "40 steps of 8 images, 2 seeds; 40 samples, 3 steps" in text
+    assert "40 steps of 8 images; 40 samples, 3 steps" in text
+    share = re.search(r"classifier.py, which recognises ([\d.]+) % of the held-out images", text)
+    accuracy = classifier.fitted(digits).held_out_accuracy
+    assert float(share[1]) == pytest.approx(100 * accuracy, abs=0.051)
 
 
 def test_results_json_has_every_run(finished):
@@ -248,7 +252,7 @@ def test_data_without_held_out_images(latents, without_held_out):
     assert clips == {not latents}
     # of latents no samples are made
     assert (row["Frechet distance"] == "-") == latents
-    assert ("2 seeds; no samples. Mean" in text) == latents
+    assert ("images; no samples. Mean" in text) == latents
     assert len([*out.glob("*/*/samples.npz")]) == (0 if latents else 4)
 
 
@@ -350,6 +354,8 @@ WRONG = [
      r"unknown model 'DyDiT'; known: DyDi-LiT, no-normalize, .*batch-norm, Sana-1.5, DiT, .*map-w"),
     (["--preset-size=S/3"], r"unknown preset '\S*S/3'; known: S/2, B/2, L/2, pixels32, photos, "),
     (["--seeds=0"], "--seeds, --jobs and --nproc must be at least 1"),
+    (["--models", "DiT:0"], "--models DiT:0: the number of seeds must be at least 1"),
+    (["--models", "DiT:"], "--models DiT:: the number of seeds must be at least 1"),
     (["--models", "DiT", "--lr=-1"], "Training.lr must be"),
     (["--models", "DiT", "DyDi-LiT", "--preset", "photos"],
      "no --preset: --preset-size and --models instead"),
@@ -394,6 +400,14 @@ def test_fields_that_no_name_sets_may_be_changed():
     assert ablate.plan(args, [*flags, "--resume"]) == plan, "every run has --resume anyway"
 
 
+def test_a_model_may_have_seeds_of_its_own():
+    names = ["DiT:1", "DyDi-LiT", "MHLA:3"]
+    args = argparse.Namespace(models=names, size="digits", data=None, out="out", seeds=2, nproc=1)
+    runs = [*ablate.plan(args, [])]
+    first = [("DiT", 0), ("DyDi-LiT", 0), ("MHLA", 0)]
+    assert runs == [*first, ("DyDi-LiT", 1), ("MHLA", 1), ("MHLA", 2)], "the first seeds first"
+
+
 def test_every_model_is_trained_as_its_name_says():
     names = [*ablate.ALTERNATIVES, *VARIANTS]
     configs = {name: ablate.parse(ablate.arguments(name, "digits"))[0] for name in names}
@@ -430,9 +444,9 @@ def test_runs_that_diverged_are_counted_and_in_no_figure(finished, diverged):
     costs_of = {model: [0.001, 1] for model in results}
     table = cells(f"\n\n\n\n{ablate.quality(results, costs_of)}")
     columns = 2 + len(ablate.COLUMNS)
-    assert table["broken (1 diverged)"] == ["-"] * columns + ["-", "1", "1"]
+    assert table["broken (1 diverged)"] == ["1"] + ["-"] * columns + ["-", "1", "1"]
     one = results["DyDi-LiT"]["0"]["held_out_loss"]
-    cell = table["DyDi-LiT (1 diverged)"][2]
+    cell = table["DyDi-LiT (1 diverged)"][3]
     assert float(cell) == pytest.approx(one, rel=1e-3), "one value has no spread"
 
 

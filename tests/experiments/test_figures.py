@@ -98,6 +98,27 @@ def test_a_route_figure_shows_the_shares_of_the_tokens(run, tmp_path, monkeypatc
     assert all(re.fullmatch(r"[123]: \d+%", text) for text in texts)
 
 
+def test_the_class_tells_all_of_a_route_that_follows_it_and_nothing_of_others():
+    """Shares (classes, images, depth, n_P). A block with one route for all has nothing to tell."""
+    follows = torch.eye(4).view(4, 1, 1, 4).repeat(1, 8, 2, 1)
+    assert figures.told_by_class(follows)[0] == pytest.approx(1)
+    follows[:, :, 1] = torch.tensor([1.0, 0, 0, 0])
+    told, by_chance = figures.told_by_class(follows)
+    assert told == pytest.approx(1) and 0.01 < by_chance < 0.3
+    even = torch.full((4, 8, 2, 4), 0.25)
+    even[:, :, 0] = torch.tensor([1.0, 0, 0, 0])
+    assert figures.told_by_class(even) == pytest.approx((0, 0), abs=1e-6)
+    one = torch.tensor([1.0, 0, 0, 0]).expand(4, 8, 2, 4)
+    assert figures.told_by_class(one) == (0, 0)
+
+
+def test_routes_of_images_by_chance_are_told_by_no_class():
+    generator = torch.Generator().manual_seed(1)
+    shares = torch.rand(10, 8, 3, 3, generator=generator)
+    told, by_chance = figures.told_by_class(shares / shares.sum(-1, keepdim=True))
+    assert told == pytest.approx(by_chance, rel=0.35) and by_chance > 0.001
+
+
 @pytest.mark.parametrize(
     ("logged", "panels"), [([True, True], 3), ([False], 2), ([True, False], 2)]
 )
