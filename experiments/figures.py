@@ -146,7 +146,7 @@ def routes(path, model, meta, logs):
     """Fig. 5: the most used projector of Q' and of K' for each class and block, and its share.
 
     Eight images of each class are sampled in 25 steps without guidance; the routes of all their
-    tokens count, at all steps. Above each panel: how much the class tells about the route
+    tokens count, at all steps. Below each panel: how much the class tells about the route
     (`told_by_class`), and how much a random division of the same images into classes does. A third
     panel shows usage entropy while training, the mean over the blocks and the seeds, if every log
     has it.
@@ -168,13 +168,12 @@ def routes(path, model, meta, logs):
                 text = f"{chosen[c, b] + 1}: {share[c, b]:.0%}"
                 axis.text(b, c, text, ha="center", va="center", fontsize=7)
         axis.set(
-            xlabel="block",
+            xlabel=f"block\ntold by class: {told:.1%}, chance: {by_chance:.1%}",
             xticks=range(depth),
             xticklabels=range(1, depth + 1),
             yticks=range(len(classes)),
             yticklabels=classes,
-            title=f"{'QK'[which]}': most used projector, its share\n"
-            f"the class tells {told:.1%} of the route, chance {by_chance:.1%}",
+            title=f"{'QK'[which]}': most used projector, its share",
         )
     axes[0, 0].set_ylabel("class")
     if all(evaluated):
