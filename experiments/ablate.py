@@ -44,8 +44,9 @@ from support.terminal import run
 
 ROOT = Path(__file__).parent.parent
 
-# DyDi-LiT, and DyDi-LiT with one choice of ours (NOTES.md) taken otherwise; last, Sana-1.5. The
-# prefix of the preset (a variant of baselines.py or none), and flags.
+# DyDi-LiT, and DyDi-LiT with one choice of ours (NOTES.md) taken otherwise; last, Sana-1.5, and DiT
+# with DyDi-LiT's feed-forward, so that the attentions alone differ. The prefix of the preset (a
+# variant of baselines.py or none), and flags.
 ALTERNATIVES = {
     "DyDi-LiT": ("", []),
     "no-normalize": ("", ["--no-normalize"]),
@@ -54,6 +55,7 @@ ALTERNATIVES = {
     "router-dense": ("ladder-5-dwc-", ["--router-rule=dense"]),
     "batch-norm": ("ladder-5-dwc-", ["--batch-norm"]),
     "Sana-1.5": ("Sana-", ["--qk-norm"]),
+    "DiT-glumbconv": ("DiT-", ["--feed-forward=glumbconv"]),
 }
 RUNGS = [name for name in LADDER if name.startswith("ladder") and name != "ladder-5-dwc"]
 DEFAULT = [  # ladder-5-dwc is DyDi-LiT

@@ -351,7 +351,7 @@ def test_killed_and_continued_it_gives_the_same_table(finished, digits, tmp_path
 # fmt: off
 WRONG = [
     (["--models", "DiT", "DyDiT"],
-     r"unknown model 'DyDiT'; known: DyDi-LiT, no-normalize, .*batch-norm, Sana-1.5, DiT, .*map-w"),
+     r"unknown model 'DyDiT'; known: DyDi-LiT, no-normalize, .*batch-norm, Sana-1.5, DiT-.*map-w"),
     (["--preset-size=S/3"], r"unknown preset '\S*S/3'; known: S/2, B/2, L/2, pixels32, photos, "),
     (["--seeds=0"], "--seeds, --jobs and --nproc must be at least 1"),
     (["--models", "DiT:0"], "--models DiT:0: the number of seeds must be at least 1"),
@@ -421,6 +421,7 @@ def test_every_model_is_trained_as_its_name_says():
     for rule in ("score", "dense"):
         assert configs[f"router-{rule}"] == replace(last, router_rule=rule)
     assert configs["Sana-1.5"] == replace(configs["Sana"], qk_norm=True)
+    assert configs["DiT-glumbconv"] == replace(configs["DiT"], feed_forward="glumbconv")
     assert {*ablate.DEFAULT} <= configs.keys() and {*figures.RUNGS} <= {*ablate.DEFAULT}
 
 
