@@ -521,13 +521,13 @@ def report(args, runs, results, command):
             f"{settings.samples} samples, {settings.sampling_steps} steps, guidance {settings.cfg}"
         )
     not_evaluated = sorted({r["not_evaluated"] for r in results.values() if "not_evaluated" in r})
-    accuracies = [r["classifier_accuracy"] for r in results.values() if "classifier_accuracy" in r]
     judge = ""
-    if accuracies and accuracies[0] is not None:
-        judge = (
-            " Features are those of classifier.py, which recognises "
-            f"{100 * accuracies[0]:.1f} % of the held-out images."
-        )
+    for result in results.values():
+        if accuracy := result.get("classifier_accuracy"):  # the same in every run
+            judge = (
+                " Features are those of classifier.py, which recognises "
+                f"{100 * accuracy:.1f} % of the held-out images."
+            )
 
     def write(costs, where, drawn=()):
         conditions = (
