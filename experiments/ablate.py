@@ -17,11 +17,9 @@ For readers who check the paper's claims. Imports the scripts at the root and th
 
 import argparse
 import json
-import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -33,7 +31,7 @@ import torch
 import train_min
 from dydilit import PRESETS, Data, distributed
 from eval_min import evaluate
-from experiments import classifier, figures, pretrained
+from experiments import classifier, figures, pretrained, tables
 from experiments.baselines import LADDER, VARIANTS, preset
 from experiments.costs import sampling_costs, training_costs
 from experiments.probe import DIFFERENCES, mean_lambda, routers, smoothness
@@ -69,24 +67,6 @@ DEFAULT = [  # ladder-5-dwc is DyDi-LiT
     "batch-norm",
 ]
 ONE = "--one-run"  # then the arguments of one run. (torchrun would take --run for one of its own.)
-COLUMNS = {
-    "held_out_loss": "held-out loss",
-    "held_out_mse": "noise error",
-    "class_accuracy": "class accuracy",
-    "frechet_distance": "Frechet distance",
-    "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-    "feature_distance": "Frechet distance, features",
-}
-HALVES = {  # as eval_min.evaluate names the same figures of two halves of the real images
-    "frechet_distance": "frechet_halves",
-    "kid": "kid_halves",
-    "precision": "precision_halves",
-    "recall": "recall_halves",
-    "feature_distance": "feature_distance_halves",
-}
-PERCENT = ("class_accuracy", "precision", "recall")
 SIZES = ("depth", "heads", "shared_heads", "routed_heads")  # a variant's name leaves them open
 
 
@@ -374,132 +354,7 @@ def outcome_of(result):
 
 
 # --------------------------------------------------------------------------------------------------
-# The tables.
-
-
-def spread(values, percent=False):
-    """Numbers, one a seed -> "mean ± standard deviation", with four digits of the mean.
-
-    None is left out; "-" if nothing is left.
-    """
-    values = [100 * v if percent else v for v in values if v is not None]
-    if not values:
-        return "-"
-    mean = statistics.fmean(values)
-    digits = 3 - math.floor(math.log10(abs(mean) or 1))
-    if percent:
-        style = ".1f"
-    elif digits < -3:
-        style = ".1e"
-    else:
-        style = f".{min(5, max(0, digits))}f"
-    text = f"{mean:{style}}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):{style}}"
-    return text + (" %" if percent else "")
-
-
-def markdown(rows):
-    """Rows of cells as a Markdown table; the first row is the header."""
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
-
-
-def finished(runs):
-    """{seed: result} without the runs that diverged."""
-    return {seed: result for seed, result in runs.items() if "diverged" not in result}
-
-
-def quality(results, costs):
-    """The table of {model: {seed: result}} and {model: [seconds, MiB]}.
-
-    Runs that diverged are counted beside the model's name and are in no other figure.
-    """
-    base = {}  # DyDi-LiT's loss by seed
-    for seed, result in results.get("DyDi-LiT", {}).items():
-        if result.get("held_out_loss"):
-            base[seed] = result["held_out_loss"]
-    rows = [
-        [
-            "model",
-            "seeds",
-            "blocks",
-            "parameters",
-            *COLUMNS.values(),
-            "loss minus DyDi-LiT's",
-            "step, ms",
-            "memory, MiB",
-        ]
-    ]
-    for model, runs in results.items():
-        rows.append(quality_row(model, runs, base, *costs.get(model, (None, None))))
-    if half := halves_row(results):
-        rows.append(half)
-    return markdown(rows)
-
-
-def quality_row(model, runs, base, seconds, mib):
-    fine = finished(runs)
-    diverged = len(runs) - len(fine)
-    gaps = []
-    for seed, result in fine.items():
-        if seed in base and model != "DyDi-LiT":
-            gaps.append(result["held_out_loss"] - base[seed])
-    row = [model + (f" ({diverged} diverged)" if diverged else ""), str(len(runs))]
-    if fine:
-        some = next(iter(fine.values()))
-        row += [str(some["blocks"]), f"{some['parameters'] / 1e6:.2f} M"]
-    else:
-        row += ["-", "-"]
-    for key in COLUMNS:
-        row.append(spread([result.get(key) for result in fine.values()], key in PERCENT))
-    row.append(spread(gaps))
-    row.append("-" if seconds is None else f"{1e3 * seconds:.0f}")
-    row.append("-" if mib is None else f"{mib:.0f}")
-    return row
-
-
-def halves_row(results):
-    """The same figures of one half of the real images against the other; None without samples."""
-    for runs in results.values():
-        for result in runs.values():
-            if "frechet_halves" in result:
-                row = ["half of the real images", "", "", ""]
-                for key in COLUMNS:
-                    row.append(spread([result.get(HALVES.get(key))], key in PERCENT))
-                return [*row, "", "", ""]
-    return None
-
-
-def behaviour(results):
-    """The table of what the attentions do (probe.py), means over the blocks."""
-    kinds = {"projectors": "projector", "kernels": "kernel", "lambdas": "difference"}
-    usage_titles = [f"usage entropy, {kind}" for kind in kinds]
-    rows = [["model", "row entropy", "row variance", *usage_titles, "mean lambda"]]
-    for model, runs in results.items():
-        fine = list(finished(runs).values())
-        smooth = []  # (entropy, variance) of each seed
-        lambdas = []
-        for result in fine:
-            if "smoothness" in result:
-                smooth.append([statistics.fmean(column) for column in zip(*result["smoothness"])])
-            if "lambda" in result:
-                lambdas.append(statistics.fmean(result["lambda"]))
-        row = [model, spread([s[0] for s in smooth]), spread([s[1] for s in smooth])]
-        for ending in kinds.values():
-            row.append(spread([mean_usage(result, ending) for result in fine]))
-        row.append(spread(lambdas))
-        rows.append(row)
-    return markdown(rows)
-
-
-def mean_usage(result, ending):
-    """Mean usage entropy, over the blocks, of the routers whose name ends so; None without any."""
-    entropies = []
-    for name, row in result["usage_entropy"].items():
-        if name.endswith(ending):
-            entropies += row
-    return statistics.fmean(entropies) if entropies else None
+# The report.
 
 
 def report(args, runs, results, command):
@@ -534,8 +389,12 @@ def report(args, runs, results, command):
             f"{name}: {training.steps} steps of {training.batch_size} images; {samples}. "
             f"Mean ± standard deviation over the seeds.{judge} A training step: {where}."
         )
-        tables = [quality(by_model, costs), behaviour(by_model)]
-        text = [f"`{command}`", conditions, *tables, *not_evaluated]
+        shown = [
+            tables.quality(by_model, costs),
+            tables.differences(by_model),
+            tables.behaviour(by_model),
+        ]
+        text = [f"`{command}`", conditions, *filter(None, shown), *not_evaluated]
         pictures = [f"![{file}]({file})" for file in drawn]
         (out / "ablate.md").write_text("\n\n".join([*text, *pictures]) + "\n")
         return "\n\n".join(text)

@@ -19,19 +19,20 @@ from runs import ROOT, read_log
 
 import dydilit
 from eval_min import evaluate
-from experiments import ablate, classifier, costs, figures, pretrained
-from experiments.baselines import VARIANTS, variant
+from experiments import ablate, classifier, costs, figures, pretrained, tables
+from experiments.baselines import LADDER, VARIANTS, variant
 
 
-def cells(text):
-    """{first cell: the others} of the first Markdown table in the text of ablate.md."""
-    header, _, *rows = text.split("\n\n")[2].splitlines()
+def cells(table):
+    """{first cell: the others} of a Markdown table."""
+    header, _, *rows = table.splitlines()
     lines = [line.strip("| ").split(" | ") for line in (header, *rows)]
     return {line[0]: line[1:] for line in lines}
 
 
-def table_of(out):
-    return cells((out / "ablate.md").read_text())
+def table_of(out, number=0):
+    """A table in ablate.md, where the command and its conditions come first."""
+    return cells((out / "ablate.md").read_text().split("\n\n")[2 + number])
 
 
 def numbers_of(cell):
@@ -56,7 +57,7 @@ def measured(finished, digits):
     out, _ = finished
     figures_of = {}
     for model in MODELS:
-        values = {name: [] for name in ablate.COLUMNS}
+        values = {name: [] for name in tables.COLUMNS}
         for seed in "01":
             folder = out / model / seed
             with np.load(folder / "samples.npz") as made:
@@ -73,7 +74,7 @@ def measured(finished, digits):
 def test_cells_are_mean_and_deviation_over_the_seeds(finished, measured, model):
     table = table_of(finished[0])
     row = dict(zip(table["model"], table[model]))
-    for name, title in ablate.COLUMNS.items():
+    for name, title in tables.COLUMNS.items():
         values = measured[model][name]
         mean, deviation = numbers_of(row[title])
         scale, tolerance = 1, 0.0011 * abs(np.mean(values))
@@ -95,13 +96,33 @@ def test_a_row_has_the_size_and_the_costs_of_the_model(finished, model):
     assert float(row["step, ms"]) >= 0 and row["memory, MiB"] == "12"
 
 
-def test_the_distance_to_dydilit_is_taken_seed_by_seed(finished, measured):
-    losses = {model: measured[model]["held_out_loss"] for model in MODELS}
-    gaps = np.subtract(losses["ladder-0-sana"], losses["DyDi-LiT"])
-    table = table_of(finished[0])
+def test_differences_are_taken_seed_by_seed(finished, measured):
+    table = table_of(finished[0], 1)
+    assert list(table) == ["model", "ladder-0-sana"], "DyDi-LiT minus ladder-4, which is not there"
     row = dict(zip(table["model"], table["ladder-0-sana"]))
-    want = [gaps.mean(), gaps.std(ddof=1)]
-    assert numbers_of(row["loss minus DyDi-LiT's"]) == pytest.approx(want, abs=1.1e-5)
+    assert (row["minus"], row["seeds"]) == ("DyDi-LiT", "2")
+    for name, title in tables.COLUMNS.items():
+        gaps = np.subtract(measured["ladder-0-sana"][name], measured["DyDi-LiT"][name])
+        scale, tolerance = (100, 0.051) if "%" in row[title] else (1, 0.0011 * abs(gaps.mean()))
+        want = [scale * gaps.mean(), scale * gaps.std(ddof=1)]
+        assert numbers_of(row[title]) == pytest.approx(want, abs=max(tolerance, 1e-5)), title
+
+
+def test_a_row_of_the_papers_tables_is_compared_with_the_row_that_it_changes():
+    loss = {name: i * i for i, name in enumerate([*LADDER, "DyDi-LiT", "Sana"])}
+    results = {name: {0: {"held_out_loss": loss[name]}} for name in loss}
+    results["Sana"] = {1: {"held_out_loss": 0}}  # a seed that no other model has
+    results["map-wise"][0] = {"diverged": "step 1: loss nan"}
+    table = cells(tables.differences(results))
+    rungs = [name for name in LADDER if name.startswith("ladder")]
+    pairs = dict(zip(rungs[1:-1], rungs))
+    pairs |= {"DyDi-LiT": rungs[-2], "rising-lambda": rungs[-2]}
+    pairs |= {rungs[0]: "DyDi-LiT", rungs[-1]: "DyDi-LiT"}
+    assert table.keys() - {"model"} == pairs.keys()
+    for name, other in pairs.items():
+        assert table[name][:2] == [other, "1"]
+        assert numbers_of(table[name][2]) == [pytest.approx(loss[name] - loss[other])]
+    assert tables.differences({"DiT": results["DyDi-LiT"]}) is None
 
 
 def test_the_table_has_every_model_and_half_of_the_real_images(finished):
@@ -242,8 +263,7 @@ def tiny_set(folder, latents):
 @pytest.mark.parametrize("latents", [False, True])
 def test_data_without_held_out_images(latents, without_held_out):
     out, row, clips = without_held_out(latents)
-    for title in ("held-out loss", "loss minus DyDi-LiT's"):
-        assert row[title] == "-"
+    assert row["held-out loss"] == "-"
     assert row["memory, MiB"] == "12"
     drawn = ["routes.png"] if latents else ["routes.png", "tsne.png"]
     assert sorted(path.name for path in out.glob("*.png")) == drawn
@@ -443,9 +463,9 @@ def test_runs_that_diverged_are_counted_and_in_no_figure(finished, diverged):
     results = json.loads((finished[0] / "results.json").read_text()) | {"broken": {"0": diverged}}
     results["DyDi-LiT"]["1"] = diverged
     costs_of = {model: [0.001, 1] for model in results}
-    table = cells(f"\n\n\n\n{ablate.quality(results, costs_of)}")
-    columns = 2 + len(ablate.COLUMNS)
-    assert table["broken (1 diverged)"] == ["1"] + ["-"] * columns + ["-", "1", "1"]
+    table = cells(tables.quality(results, costs_of))
+    columns = 2 + len(tables.COLUMNS)
+    assert table["broken (1 diverged)"] == ["1"] + ["-"] * columns + ["1", "1"]
     one = results["DyDi-LiT"]["0"]["held_out_loss"]
     cell = table["DyDi-LiT (1 diverged)"][3]
     assert float(cell) == pytest.approx(one, rel=1e-3), "one value has no spread"
@@ -453,7 +473,7 @@ def test_runs_that_diverged_are_counted_and_in_no_figure(finished, diverged):
 
 def test_missing_costs_are_dashes(finished):
     results = json.loads((finished[0] / "results.json").read_text())
-    table = cells(f"\n\n\n\n{ablate.quality(results, {'DyDi-LiT': [None, None]})}")
+    table = cells(tables.quality(results, {"DyDi-LiT": [None, None]}))
     assert table["DyDi-LiT"][-2:] == ["-", "-"] == table["ladder-0-sana"][-2:]
 
 
