@@ -28,7 +28,7 @@ from experiments import classifier, pretrained
 from experiments.probe import noisy, usage, watched
 
 RUNGS = {  # models of the ladder: their labels
-    "ladder-0-sana": "Sana",
+    "ladder-0-sana": "Sana, DiT's start",  # of the feed-forward
     "ladder-1-focused": "+ focused kernel",
     "ladder-2-measure": "+ dynamic measure",
     "ladder-3-projection": "+ dynamic projection",
@@ -43,11 +43,15 @@ LOOKS = {  # colour, line style
     "ladder-4-difference": ("#f16913", "-"),
     "DyDi-LiT": ("#b30000", "-"),
     "DiT": ("black", "--"),
-    "Sana": ("#9ecae1", "-"),
+    "DiT-glumbconv": ("black", ":"),
+    "Sana": ("#9ecae1", "--"),
+    "MHLA": ("#e6ab02", "--"),
     "map-wise": ("#238b45", "-."),
     "rising-lambda": ("#74c476", ":"),
     "no-normalize": ("#6a51a3", "--"),
     "no-router-grad": ("#df65b0", "-."),
+    "router-score": ("#df65b0", ":"),
+    "router-dense": ("#df65b0", "--"),
     "batch-norm": ("#737373", ":"),
 }
 STYLE = {
@@ -125,7 +129,7 @@ def curves(path, logs):
         held[model] = [held_out_losses(log) for log in seeds]
         if not all(held[model]):
             return None
-    figure, axes = canvas(1, len(panels(held)), 3.4, sharey=True)
+    figure, axes = canvas(1, len(panels(held)), 3.4)
     for axis, models in zip(axes[0], panels(held)):
         for model in models:
             steps, losses = np.moveaxis(np.array(held[model]), -1, 0)
