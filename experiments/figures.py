@@ -26,6 +26,7 @@ import torch
 from dydilit import Data, Diffusion
 from experiments import classifier, pretrained
 from experiments.probe import noisy, usage, watched
+from experiments.tables import spread
 
 RUNGS = {  # models of the ladder: their labels
     "ladder-0-sana": "Sana, DiT's start",  # of the feed-forward
@@ -365,37 +366,50 @@ def resolutions(path, points, where):
 
 
 def tsne(path, made, data_dir):
-    """Fig. 11: samples of {title: (images, labels)} as t-SNE places their features (classifier.py).
+    """Fig. 11: samples {title: [(images, labels) of each seed]}, the first seed's as t-SNE places
+    their features (classifier.py).
 
     Above all classes, below the three that are hardest to tell apart; the real images come first.
-    The number is the mean silhouette of the features before t-SNE: 1 is far apart, 0 is mixed.
-    None if there are fewer than ten samples of a class.
+    The number is the mean silhouette of the features before t-SNE, 1 if the classes are far apart
+    and 0 if they are mixed; with several seeds its mean ± standard deviation. None if there are
+    fewer than ten samples of a class.
     """
     from sklearn.manifold import TSNE
-    from sklearn.metrics import silhouette_score
 
     images, labels, meta = classifier.read(data_dir)
-    if any(np.bincount(y, minlength=len(meta["classes"])).min() < 10 for _, y in made.values()):
+    sets = [one for seeds in made.values() for one in seeds]
+    if any(np.bincount(y, minlength=len(meta["classes"])).min() < 10 for _, y in sets):
         return None
     model = classifier.fitted(str(data_dir))
-    most = max(len(y) for _, y in made.values())
+    most = max(len(y) for _, y in sets)
     some = np.random.default_rng(0).permutation(len(images))[:most]
     alike = classifier.look_alikes(model.features(images), labels)
-    columns = {"real images": (images[some], labels[some])} | made
+    columns = {"real images": [(images[some], labels[some])]} | made
     figure, axes = canvas(2, len(columns), 0.5 + 14 / len(columns))
-    for column, (title, (x, y)) in enumerate(columns.items()):
+    for column, (title, seeds) in enumerate(columns.items()):
+        seeds = [(model.features(x), y) for x, y in seeds]
         for row, classes in enumerate((np.unique(labels), alike)):
-            chosen = np.isin(y, classes)
-            features, kinds = model.features(x[chosen]), y[chosen]
+            chosen = []
+            for features, y in seeds:
+                here = np.isin(y, classes)
+                chosen.append((features[here], y[here]))
+            features, kinds = chosen[0]
             points = TSNE(init="pca", random_state=0).fit_transform(features)
             axis = axes[row, column]
             axis.scatter(*points.T, c=kinds % 10, cmap="tab10", vmin=0, vmax=9, s=3)
-            apart = f"{silhouette_score(features, kinds):.2f}"
-            axis.set_title(f"{title}: {apart}" if row == 0 else apart)
+            apart = silhouettes(chosen)
+            axis.set_title(f"{title}\n{apart}" if row == 0 else apart)
             axis.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("all classes")
     axes[1, 0].set_ylabel(", ".join(meta["classes"][c] for c in alike))
     return save(figure, path)
+
+
+def silhouettes(seeds):
+    """[(features, labels) of each seed] -> "mean ± standard deviation" of their silhouettes."""
+    from sklearn.metrics import silhouette_score
+
+    return spread([silhouette_score(features, kinds) for features, kinds in seeds], digits=2)
 
 
 def draw(out, by_model, folders, data_dir, points, where):
@@ -445,14 +459,15 @@ def draw(out, by_model, folders, data_dir, points, where):
 
 
 def samples_of(folders, models):
-    """{title: (images, labels)} of the samples of each model's first seed, if they are there."""
+    """{title: [(images, labels) of each seed]} of the models whose samples are there."""
     made = {}
     for model in models:
-        seeds = [seed for name, seed in folders if name == model]
-        npz = folders[model, min(seeds)] / "samples.npz" if seeds else None
-        if npz and npz.exists():
-            with np.load(npz) as file:
-                made[RUNGS.get(model, model)] = file["arr_0"], file["labels"]
+        for name, seed in sorted(folders):
+            npz = folders[name, seed] / "samples.npz"
+            if name == model and npz.exists():
+                with np.load(npz) as file:
+                    one = file["arr_0"], file["labels"]
+                made.setdefault(RUNGS.get(model, model), []).append(one)
     return made
 
 

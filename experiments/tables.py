@@ -140,8 +140,9 @@ def finished(runs):
     return {seed: result for seed, result in runs.items() if "diverged" not in result}
 
 
-def spread(values, percent=False):
-    """Numbers, one a seed -> "mean ± standard deviation", with four digits of the mean.
+def spread(values, percent=False, digits=None):
+    """Numbers, one a seed -> "mean ± standard deviation", with four digits of the mean, or as many
+    digits behind the point as asked for.
 
     None is left out; "-" if nothing is left.
     """
@@ -149,13 +150,9 @@ def spread(values, percent=False):
     if not values:
         return "-"
     mean = statistics.fmean(values)
-    digits = 3 - math.floor(math.log10(abs(mean) or 1))
-    if percent:
-        style = ".1f"
-    elif digits < -3:
-        style = ".1e"
-    else:
-        style = f".{min(5, max(0, digits))}f"
+    if digits is None:
+        digits = 1 if percent else min(5, 3 - math.floor(math.log10(abs(mean) or 1)))
+    style = ".1e" if digits < -3 else f".{max(0, digits)}f"
     text = f"{mean:{style}}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):{style}}"

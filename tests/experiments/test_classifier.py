@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from sklearn.metrics import silhouette_score
 
 from experiments import classifier, figures
 
@@ -79,7 +80,13 @@ def test_a_figure_of_features_says_how_far_apart_the_classes_are(digits, real, t
     monkeypatch.setattr(figures.plt.Axes, "set_title",
                         lambda self, text: titles.append(text) or set_title(self, text))
     shuffled = np.random.default_rng(0).permutation(labels[:200])
-    made = {"good": (images[:200], labels[:200]), "mixed": (images[:200], shuffled)}
+    seeds = [(images[:200], labels[:200]), (images[200:400], labels[200:400])]
+    made = {"good": seeds, "mixed": [(images[:200], shuffled)]}
     assert figures.tsne(tmp_path / "tsne.png", made, digits) == "tsne.png"
-    apart = dict(title.split(": ") for title in titles if ":" in title)
-    assert float(apart["good"]) > 0.3 > 0.1 > float(apart["mixed"])
+    apart = dict(title.split("\n") for title in titles if "\n" in title)
+    features = classifier.fitted(digits).features
+    each = [silhouette_score(features(x), y) for x, y in seeds]
+    assert apart["good"] == f"{np.mean(each):.2f} ± {np.std(each, ddof=1):.2f}"
+    assert np.mean(each) > 0.3 > 0.1 > float(apart["mixed"])
+    few = {"good": seeds, "few": [seeds[0], (images[:50], labels[:50])]}
+    assert figures.tsne(tmp_path / "few.png", few, digits) is None
