@@ -147,18 +147,19 @@ def held_out_losses(log):
     return [(line["step"], line["held_out_loss"]) for line in log if "held_out_loss" in line]
 
 
-def routes(path, model, meta, logs):
-    """Fig. 5: the most used projector of Q' and of K' for each class and block, and its share.
+def routes(path, models, meta, logs):
+    """Fig. 5: the most used projector of Q' and of K' for each class and block, and its share, in
+    the first of the models, which are those of several seeds.
 
     Eight images of each class are sampled in 25 steps without guidance; the routes of all their
     tokens count, at all steps. Below each panel: how much the class tells about the route
-    (`told_by_class`), and how much a random division of the same images into classes does. A third
-    panel shows usage entropy while training, the mean over the blocks and the seeds, if every log
-    has it.
+    (`told_by_class`), and how much a random division of the same images into classes does, over the
+    seeds. A third panel shows usage entropy while training, the mean over the blocks and the seeds,
+    if every log has it.
     """
     classes = meta["classes"][:20]
-    by_image = image_shares(model, len(classes), clip="scaling" not in meta)
-    shares = by_image.mean(2)  # (2, classes, depth, n_P)
+    by_image = [image_shares(model, len(classes), clip="scaling" not in meta) for model in models]
+    shares = by_image[0].mean(2)  # (2, classes, depth, n_P)
     depth = shares.shape[2]
     evaluated = [[line for line in log if "usage_entropy" in line] for log in logs]
     widths = [1, 1, 1.5] if all(evaluated) else [1, 1]
@@ -166,14 +167,14 @@ def routes(path, model, meta, logs):
     figure, axes = canvas(1, len(widths), height, width_ratios=widths)
     for which, axis in enumerate(axes[0][:2]):
         share, chosen = shares[which].max(-1)  # (classes, depth)
-        told, by_chance = told_by_class(by_image[which])
+        told, by_chance = zip(*(told_by_class(seed[which]) for seed in by_image))
         axis.imshow(chosen.numpy(), cmap="Set2", vmin=-0.5, vmax=7.5, aspect="auto")
         for c in range(len(classes)):
             for b in range(depth):
                 text = f"{chosen[c, b] + 1}: {share[c, b]:.0%}"
                 axis.text(b, c, text, ha="center", va="center", fontsize=7)
         axis.set(
-            xlabel=f"block\ntold by class: {told:.1%}, chance: {by_chance:.1%}",
+            xlabel=f"block\ntold by class: {spread(told, True)}, chance: {spread(by_chance, True)}",
             xticks=range(depth),
             xticklabels=range(1, depth + 1),
             yticks=range(len(classes)),
@@ -427,8 +428,9 @@ def draw(out, by_model, folders, data_dir, points, where):
             results[model] = [runs[seed] for seed in seeds]
 
     def load(model):
-        seed = min(s for m, s in folders if m == model)
-        return pretrained.load(folders[model, seed] / "ckpt.pt")
+        """The models of all seeds."""
+        seeds = sorted(seed for name, seed in folders if name == model)
+        return [pretrained.load(folders[model, seed] / "ckpt.pt") for seed in seeds]
 
     def figures_of(key):
         """{model: [result[key] of each seed]} of the models that have it."""
@@ -438,11 +440,11 @@ def draw(out, by_model, folders, data_dir, points, where):
     if logs:
         names.append(curves(out / "curves.png", logs))
     if "DyDi-LiT" in logs:
-        model = load("DyDi-LiT")
-        names.append(routes(out / "routes.png", model, model.meta, logs["DyDi-LiT"]))
+        models = load("DyDi-LiT")
+        names.append(routes(out / "routes.png", models, models[0].meta, logs["DyDi-LiT"]))
     if smooth := figures_of("smoothness"):
         names.append(smoothness(out / "smoothness.png", smooth))
-        shown = {RUNGS.get(m, m): load(m) for m in ("DiT", *RUNGS) if m in logs}
+        shown = {RUNGS.get(m, m): load(m)[0] for m in ("DiT", *RUNGS) if m in logs}
         if shown:
             some = next(iter(shown.values()))
             held_out = Data(data_dir, some.config).held_out()

@@ -93,7 +93,7 @@ def test_a_route_figure_shows_the_shares_of_the_tokens(run, tmp_path, monkeypatc
     with torch.no_grad():
         for block in model.blocks:
             block.attn.q_projector_router.zero_()
-    figures.routes(tmp_path / "routes.png", model, {"classes": list("0123456789")}, [log])
+    figures.routes(tmp_path / "routes.png", [model], {"classes": list("0123456789")}, [log])
     assert texts[:20] == ["1: 100%"] * 20 and len(texts) == 40
     assert all(re.fullmatch(r"[123]: \d+%", text) for text in texts)
 
@@ -112,6 +112,23 @@ def test_the_class_tells_all_of_a_route_that_follows_it_and_nothing_of_others():
     assert figures.told_by_class(one) == (0, 0)
 
 
+def test_a_route_figure_says_what_the_class_tells_over_all_seeds(run, tmp_path, monkeypatch):
+    model, log = run
+    shares = [torch.rand(2, 2, 8, 2, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    left = [*shares]
+    monkeypatch.setattr(figures, "image_shares", lambda *_, **__: left.pop(0))
+    labels = []
+    put = figures.plt.Axes.set
+    monkeypatch.setattr(
+        figures.plt.Axes, "set", lambda self, **kw: labels.append(kw["xlabel"]) or put(self, **kw)
+    )
+    figures.routes(tmp_path / "routes.png", [model, model], {"classes": ["0", "1"]}, [log])
+    for which in range(2):
+        told = [100 * figures.told_by_class(seed[which])[0] for seed in shares]
+        want = f"told by class: {np.mean(told):.1f} ± {np.std(told, ddof=1):.1f} %, chance: "
+        assert want in labels[which]
+
+
 def test_routes_of_images_by_chance_are_told_by_no_class():
     generator = torch.Generator().manual_seed(1)
     shares = torch.rand(10, 8, 3, 3, generator=generator)
@@ -128,5 +145,5 @@ def test_a_route_figure_has_a_panel_of_the_logs_if_all_have_usage(
     model, log = run
     silent = [{k: v for k, v in line.items() if k != "usage_entropy"} for line in log]
     logs = [log if has_usage else silent for has_usage in logged]
-    figures.routes(tmp_path / "routes.png", model, {"classes": ["0", "1"]}, logs)
+    figures.routes(tmp_path / "routes.png", [model], {"classes": ["0", "1"]}, logs)
     assert drawn == [panels]
