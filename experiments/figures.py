@@ -130,7 +130,7 @@ def curves(path, logs):
         held[model] = [held_out_losses(log) for log in seeds]
         if not all(held[model]):
             return None
-    figure, axes = canvas(1, len(panels(held)), 3.4)
+    figure, axes = canvas(1, len(panels(held)), 4.2)
     for axis, models in zip(axes[0], panels(held)):
         for model in models:
             steps, losses = np.moveaxis(np.array(held[model]), -1, 0)
@@ -138,7 +138,8 @@ def curves(path, logs):
             band(axis, steps[0][shown], losses[:, shown], model)
         axis.set(xlabel="step")
         axis.grid(True, alpha=0.25)
-        axis.legend(frameon=False)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+        axis.legend(frameon=False, fontsize=7, ncols=2, **below)
     axes[0, 0].set_ylabel("loss on held-out images, averaged weights")
     return save(figure, path)
 
@@ -174,7 +175,7 @@ def routes(path, models, meta, logs):
                 text = f"{chosen[c, b] + 1}: {share[c, b]:.0%}"
                 axis.text(b, c, text, ha="center", va="center", fontsize=7)
         axis.set(
-            xlabel=f"block\ntold by class: {spread(told, True)}, chance: {spread(by_chance, True)}",
+            xlabel=f"block\ntold by class: {spread(told, True)}\nchance: {spread(by_chance, True)}",
             xticks=range(depth),
             xticklabels=range(1, depth + 1),
             yticks=range(len(classes)),

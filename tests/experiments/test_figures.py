@@ -125,7 +125,7 @@ def test_a_route_figure_says_what_the_class_tells_over_all_seeds(run, tmp_path, 
     figures.routes(tmp_path / "routes.png", [model, model], {"classes": ["0", "1"]}, [log])
     for which in range(2):
         told = [100 * figures.told_by_class(seed[which])[0] for seed in shares]
-        want = f"told by class: {np.mean(told):.1f} ± {np.std(told, ddof=1):.1f} %, chance: "
+        want = f"told by class: {np.mean(told):.1f} ± {np.std(told, ddof=1):.1f} %\nchance: "
         assert want in labels[which]
 
 
