@@ -59,7 +59,7 @@ class Config:
     num_classes: int = 1000  # labels are 0 .. num_classes - 1; num_classes means "no label"
     normalize: bool = True  # divide by the guarded denominator of Eq. 4; off: Eq. 8 as printed
     router_grad: bool = True  # gradient for the routers; off: they stay as drawn
-    label_std: float = 0.02  # of label embeddings at the start; larger ones are learned sooner
+    label_std: float = 0.02  # of label embeddings at the start, DiT's; from 1 they learn sooner
 
     def __post_init__(self):
         check_fields(self, at_least_one=[f.name for f in fields(Config) if f.type is int])
@@ -87,9 +87,10 @@ PRESETS = {
     "S/2":      Config(hidden_size=384, n_projectors=3, n_kernels=9, n_lambdas=9),
     "B/2":      Config(hidden_size=512, n_projectors=5, n_kernels=15, n_lambdas=15),
     "L/2":      Config(hidden_size=768, n_projectors=7, n_kernels=21, n_lambdas=21),
-    "pixels32": Config(in_channels=3, hidden_size=256, depth=6, num_classes=10),
-    "photos":   Config(in_channels=3, hidden_size=64, depth=4, num_classes=2),
-    "digits":   Config(input_size=8, in_channels=1, hidden_size=96, depth=4, num_classes=10),
+    "pixels32": Config(in_channels=3, hidden_size=256, depth=6, num_classes=10, label_std=1.0),
+    "photos":   Config(in_channels=3, hidden_size=64, depth=4, num_classes=2, label_std=1.0),
+    "digits":   Config(input_size=8, in_channels=1, hidden_size=96, depth=4, num_classes=10,
+                       label_std=1.0),
     "mnist":    Config(input_size=28, in_channels=1, hidden_size=64, depth=4, num_classes=10,
                        label_std=1.0),
 }
