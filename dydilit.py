@@ -59,7 +59,7 @@ class Config:
     num_classes: int = 1000  # labels are 0 .. num_classes - 1; num_classes means "no label"
     normalize: bool = True  # divide by the guarded denominator of Eq. 4; off: Eq. 8 as printed
     router_grad: bool = True  # gradient for the routers; off: they stay as drawn
-    label_std: float = 0.02  # of label embeddings at the start, DiT's; from 1 they learn sooner
+    label_std: float = 0.02  # of label embeddings at the start; larger ones are learned sooner
 
     def __post_init__(self):
         check_fields(self, at_least_one=[f.name for f in fields(Config) if f.type is int])
