@@ -144,7 +144,7 @@ def spread(values, percent=False, digits=None):
     """Numbers, one a seed -> "mean ± standard deviation", with four digits of the mean, or as many
     digits behind the point as asked for.
 
-    None is left out; "-" if nothing is left.
+    None is left out; "-" if nothing is left. Zero has no sign.
     """
     values = [100 * v if percent else v for v in values if v is not None]
     if not values:
@@ -152,7 +152,7 @@ def spread(values, percent=False, digits=None):
     mean = statistics.fmean(values)
     if digits is None:
         digits = 1 if percent else min(5, 3 - math.floor(math.log10(abs(mean) or 1)))
-    style = ".1e" if digits < -3 else f".{max(0, digits)}f"
+    style = "z.1e" if digits < -3 else f"z.{max(0, digits)}f"
     text = f"{mean:{style}}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):{style}}"

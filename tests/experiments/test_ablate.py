@@ -471,6 +471,13 @@ def test_runs_that_diverged_are_counted_and_in_no_figure(finished, diverged):
     assert float(cell) == pytest.approx(one, rel=1e-3), "one value has no spread"
 
 
+def test_a_mean_is_given_to_four_digits_or_as_asked_and_zero_has_no_sign():
+    assert tables.spread([0.1234567]) == "0.1235"
+    assert tables.spread([0.5, 0.7, None], percent=True) == "60.0 ± 14.1 %"
+    assert tables.spread([-0.04, 0.0], digits=1) == "0.0 ± 0.0"
+    assert tables.spread([None]) == "-"
+
+
 def test_missing_costs_are_dashes(finished):
     results = json.loads((finished[0] / "results.json").read_text())
     table = cells(tables.quality(results, {"DyDi-LiT": [None, None]}))
