@@ -1,6 +1,7 @@
 """A comparison of two tiny models by ablate.py, as the tests start it."""
 
 import sys
+from types import SimpleNamespace
 
 from runs import ROOT
 
@@ -38,6 +39,11 @@ class Here:
     def poll(self):
         self.returncode = self.code
         return self.code
+
+
+def runs_started_by(popen, patch):
+    """Give ablate.py, and nobody else, `popen` for subprocess.Popen: scikit-learn starts lscpu."""
+    patch.setattr(ablate, "subprocess", SimpleNamespace(Popen=popen))
 
 
 def memory_of(argv, side, batch, train):

@@ -1,10 +1,8 @@
 """A finished comparison of two tiny models, for the tests of its tables and of its figures."""
 
-import subprocess
-
 import pytest
 import torch
-from comparison import TINY, TWO, Here, memory_of
+from comparison import TINY, TWO, Here, memory_of, runs_started_by
 from runs import prepare_digits
 
 from experiments import ablate, costs
@@ -29,7 +27,7 @@ def finished(digits, tmp_path_factory):
     arguments = [*TWO, f"--data={digits}", f"--out={out}", *TINY]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(subprocess, "Popen", Here)
+        runs_started_by(Here, patch)
         patch.setattr(costs, "memory_of", memory_of)
         ablate.main(arguments)
     return out, arguments

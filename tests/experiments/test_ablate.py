@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from comparison import MODELS, TINY, TWO, Here, memory_of
+from comparison import MODELS, TINY, TWO, Here, memory_of, runs_started_by
 from runs import ROOT, read_log
 
 import dydilit
@@ -151,7 +151,7 @@ def test_finished_runs_are_not_repeated(finished, tmp_path, monkeypatch, capsys)
     out, arguments = copied(finished, tmp_path)
     files = [path for path in out.rglob("*") if path.is_file() and path.suffix != ".png"]
     before = {path: path.read_bytes() for path in files if path.name != "ablate.md"}
-    monkeypatch.setattr(subprocess, "Popen", None)
+    runs_started_by(None, monkeypatch)
     monkeypatch.setattr(costs, "times_of", None)
     ablate.main(arguments)
     assert {path: path.read_bytes() for path in before} == before
@@ -161,7 +161,7 @@ def test_finished_runs_are_not_repeated(finished, tmp_path, monkeypatch, capsys)
 
 def test_an_unfinished_run_is_started(finished, tmp_path, monkeypatch):
     _, arguments = copied(finished, tmp_path)
-    monkeypatch.setattr(subprocess, "Popen", None)
+    runs_started_by(None, monkeypatch)
     with pytest.raises(TypeError, match="NoneType"):
         ablate.main([a.replace("--seeds=2", "--seeds=3") for a in arguments])
 
@@ -186,7 +186,7 @@ def test_an_error_in_a_figure_or_a_measurement_costs_no_result(
 
     monkeypatch.setattr(figures if fails == "draw" else ablate, fails, failing)
     monkeypatch.setattr(costs, "memory_of", memory_of)
-    monkeypatch.setattr(subprocess, "Popen", None)
+    runs_started_by(None, monkeypatch)
     if fails == "sampling_costs":
         arguments[arguments.index("--resolutions")] = "--resolutions=16"
     with pytest.raises(RuntimeError, match="days are not lost"):
@@ -206,7 +206,7 @@ def test_nproc_reaches_the_measurement(finished, tmp_path, monkeypatch):
     def costs_of(models, configs, batch, *_):
         return {model: [batch, None] for model in models}
 
-    monkeypatch.setattr(subprocess, "Popen", None)
+    runs_started_by(None, monkeypatch)
     monkeypatch.setattr(costs, "costs_of", costs_of)
     ablate.main([*arguments, "--nproc=2"])
     assert table_of(out)["DyDi-LiT"][-2:] == ["4000", "-"]
@@ -221,7 +221,7 @@ def test_nproc_reaches_the_measurement(finished, tmp_path, monkeypatch):
 @pytest.fixture
 def without_held_out(tmp_path, monkeypatch):
     """compare(latents) -> (folder, {column: DyDi-LiT's cell}, {clip of every sampling})."""
-    monkeypatch.setattr(subprocess, "Popen", Here)
+    runs_started_by(Here, monkeypatch)
     monkeypatch.setattr(costs, "memory_of", memory_of)
     clips, sample = set(), dydilit.Diffusion.sample
 
@@ -402,7 +402,7 @@ WRONG = [
 def test_a_wrong_argument_is_an_error_before_anything_runs(
     arguments, message, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(subprocess, "Popen", None)
+    runs_started_by(None, monkeypatch)
     with pytest.raises(ValueError, match=message):
         ablate.main([*arguments, f"--out={tmp_path}/out"])
     assert not (tmp_path / "out").exists()
@@ -509,7 +509,7 @@ def test_several_processes_and_jobs(finished, tmp_path, monkeypatch):
     """--nproc: torchrun; --jobs: runs at a time. Failed runs are named after all the others."""
     monkeypatch.setattr(Failing, "commands", [])
     monkeypatch.setattr(Failing, "active", [])
-    monkeypatch.setattr(subprocess, "Popen", Failing)
+    runs_started_by(Failing, monkeypatch)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     arguments = [a.replace(str(finished[0]), str(tmp_path)) for a in finished[1]]
     message = r"not finished: .*ladder-0-sana/0 \(exit status 1; .*DyDi-LiT/1 \(exit"
@@ -548,7 +548,7 @@ def test_interrupted_it_ends_the_runs_that_it_has_started(finished, tmp_path, mo
             if calls.count("start") == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess, "Popen", Endless)
+    runs_started_by(Endless, monkeypatch)
     arguments = [a.replace(str(finished[0]), str(tmp_path)) for a in finished[1]]
     with pytest.raises(KeyboardInterrupt):
         ablate.main([*arguments, "--jobs=2"])

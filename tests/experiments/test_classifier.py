@@ -72,13 +72,17 @@ def test_look_alikes_are_the_classes_with_near_means():
     assert classifier.look_alikes(features, labels, n=9) == [0, 1, 2, 3, 4]
 
 
-def test_a_figure_of_features_says_how_far_apart_the_classes_are(digits, real, tmp_path,
-                                                                 monkeypatch):
+def test_a_figure_of_features_says_how_far_apart_the_classes_are(
+    digits, real, tmp_path, monkeypatch
+):
     images, labels, _ = real
     titles = []
     set_title = figures.plt.Axes.set_title
-    monkeypatch.setattr(figures.plt.Axes, "set_title",
-                        lambda self, text: titles.append(text) or set_title(self, text))
+    monkeypatch.setattr(
+        figures.plt.Axes,
+        "set_title",
+        lambda self, text: titles.append(text) or set_title(self, text),
+    )
     shuffled = np.random.default_rng(0).permutation(labels[:200])
     seeds = [(images[:200], labels[:200]), (images[200:400], labels[200:400])]
     made = {"good": seeds, "mixed": [(images[:200], shuffled)]}
